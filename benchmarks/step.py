@@ -1,0 +1,150 @@
+"""Times one LoRA training step on a FLUX.1 transformer with random weights. See README.md beside this file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable, Sequence
+
+import torch
+from workload import Batch, Ceiling, Clock, Shape, Work, adapt, build, measure, peak_memory, reset_peak_memory, work
+
+from library import devices
+from library.models.memory import checkpoint_blocks
+
+MATRIX_SIDE = {"cpu": 3072}
+MATRIX_SIDE_GPU = 8192
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and prints."""
+    args = parser().parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device) if args.device else devices.best_device()
+    dtype = devices.dtype_of(args.dtype)
+    shape = shape_of(args)
+    model = build(shape, device, dtype)
+    step = training_step(model, shape, device, dtype, args)
+    if args.profile:
+        print(profile(step, device))
+        return
+    clock = Clock(device, args.cpu_time)
+    ceiling = Ceiling(clock, dtype, MATRIX_SIDE.get(device.type, MATRIX_SIDE_GPU))
+    reset_peak_memory(device)
+    (timing,) = measure(clock, ceiling, [step], args.steps, args.warmup)
+    counted = work(model, shape)
+    result = {
+        "seconds_per_step": round(timing.median, 4),
+        "fastest_step": round(min(timing.seconds), 4),
+        "utilisation": round(timing.utilisation(counted.total), 3),
+        "gflop_per_step": round(counted.total / 1e9, 1),
+        "matrix_product_gflops": round(timing.rate / 1e9, 1),
+        "peak_memory_gb": round((peak_memory(device) or 0) / 1e9, 2),
+        "image_tokens": shape.image_tokens,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "arguments": {key: value for key, value in vars(args).items() if key not in ("json", "profile")},
+    }
+    print(json.dumps(result, indent=2) if args.json else report(result, counted))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_shape(found)
+    found.add_argument("--checkpointing", action="store_true", help="recompute activations of blocks to save memory")
+    found.add_argument("--every", type=int, default=1, help="with --checkpointing: recompute each n-th block")
+    found.add_argument("--compile", action="store_true", help="compile each block with torch.compile")
+    found.add_argument("--profile", action="store_true", help="print the operations that take longest, and stop")
+    found.add_argument("--json", action="store_true", help="print the result as JSON")
+    return found
+
+
+def add_shape(found: argparse.ArgumentParser) -> None:
+    """Options that all benchmarks of a step have."""
+    defaults = Shape()
+    found.add_argument("--width", type=int, default=defaults.width, help="width of the transformer")
+    found.add_argument("--head_width", type=int, default=defaults.head_width, help="width of an attention head")
+    found.add_argument("--double", type=int, default=defaults.double_blocks, help="double-stream blocks")
+    found.add_argument("--single", type=int, default=defaults.single_blocks, help="single-stream blocks")
+    found.add_argument("--resolution", type=int, default=defaults.resolution, help="image side in pixels")
+    found.add_argument("--text_tokens", type=int, default=defaults.text_tokens, help="T5 tokens")
+    found.add_argument("--batch", type=int, default=defaults.batch, help="images per step")
+    found.add_argument("--rank", type=int, default=defaults.rank, help="rank of the LoRA")
+    found.add_argument("--dtype", default="fp32", help="type of weights and arithmetic")
+    found.add_argument("--device", help="such as cpu or cuda; the best one when left out")
+    found.add_argument("--threads", type=int, help="processor threads; torch's choice when left out")
+    found.add_argument("--cpu_time", action="store_true", help="processor time instead of wall time; needs --threads 1")
+    found.add_argument("--steps", type=int, default=5, help="steps to time")
+    found.add_argument("--warmup", type=int, default=1, help="steps before that")
+
+
+def shape_of(args: argparse.Namespace) -> Shape:
+    """What the options say about the amount of work."""
+    return Shape(
+        width=args.width,
+        head_width=args.head_width,
+        double_blocks=args.double,
+        single_blocks=args.single,
+        resolution=args.resolution,
+        text_tokens=args.text_tokens,
+        batch=args.batch,
+        rank=args.rank,
+    )
+
+
+def training_step(
+    model: torch.nn.Module, shape: Shape, device: torch.device, dtype: torch.dtype, args: argparse.Namespace
+) -> Callable[[], None]:
+    """Forward, backward and optimizer step of a LoRA."""
+    network = adapt(model, shape.rank, device)
+    if args.compile:
+        for block in [*model.double_blocks, *model.single_blocks]:
+            block.compile()
+    if args.checkpointing:
+        checkpoint_blocks(model, args.every)
+    batch = Batch(shape, device, dtype, mixed=dtype != torch.float32)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+
+    def step() -> None:
+        batch.loss(model).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def profile(step: Callable[[], None], device: torch.device) -> str:
+    """Table of operations, longest first."""
+    step()
+    with torch.profiler.profile(record_shapes=True) as recorded:
+        step()
+        devices.synchronize(device)
+    order = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    by_operation = recorded.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=45)
+    by_shape = recorded.key_averages(group_by_input_shape=True)
+    return by_operation + "\n" + by_shape.table(sort_by=order, row_limit=40, max_shapes_column_width=90)
+
+
+def report(result: dict[str, object], counted: Work) -> str:
+    """The result for people."""
+    parts = ((counted.forward, "forward"), (counted.input_gradients, "input gradients"), (counted.adapters, "LoRA"))
+    shares = ", ".join(f"{name} {operations / counted.total:.0%}" for operations, name in parts)
+    return "\n".join(
+        (
+            f"step          {result['seconds_per_step']} s (median; fastest {result['fastest_step']} s)",
+            f"work          {result['gflop_per_step']} GFLOP ({shares})",
+            f"matrix rate   {result['matrix_product_gflops']} GFLOP/s in this process",
+            f"utilisation   {result['utilisation']}",
+            f"peak memory   {result['peak_memory_gb']} GB",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Makes images with FLUX.1. Options: `python flux_minimal_inference.py --help`, docs/inference.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from library.log import command
+from library.option_groups import FLUX_MINIMAL_INFERENCE
+from library.options import parse
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the options, which needs none of the heavy imports below, and makes images."""
+    options = parse(FLUX_MINIMAL_INFERENCE, argv)
+    from library.generate.flux import generate
+
+    generate(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Trains a LoRA or another network on FLUX.1. Options: `python flux_train_network.py --help`, docs/flux_train_network.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from library.log import command
+from library.option_groups import FLUX_TRAIN_NETWORK
+from library.options import parse
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the options, which needs none of the heavy imports below, and trains."""
+    options = parse(FLUX_TRAIN_NETWORK, argv)
+    from library.app import train
+    from library.families.flux import Flux
+    from library.methods.adapter import Adapter
+
+    train(Flux, Adapter, options)
+
+
+if __name__ == "__main__":
+    main()

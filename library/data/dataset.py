@@ -1,0 +1,132 @@
+"""The images of a run as a source of batches, and the numbers that describe them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.data.captions import tag_counts
+from library.data.loading import Loader, Tokenize
+from library.data.order import Epoch, Group, Lane, Order, Share
+from library.data.sources import Item, Scan
+from library.types import Batch, Size, Traits
+
+if TYPE_CHECKING:
+    from library.data.latents import LatentsStore
+    from library.data.texts import TextStore
+
+
+class TrainingData:
+    """Items in buckets, their caches when there are any, and the order in which they come.
+
+    `library.data.cache.fill_latents` and `fill_text` set `latents` and `cond`; without them batches carry pixels
+    and no text outputs.
+    """
+
+    def __init__(self, scan: Scan, traits: Traits, seed: int) -> None:
+        self.scan, self.config, self.traits, self.seed = scan, scan.config, traits, seed
+        self.items: Sequence[Item] = scan.items
+        self.latents: LatentsStore | None = None
+        self.cond: TextStore | None = None
+        lanes: dict[tuple[int, Size], list[int]] = {}
+        for index, item in enumerate(self.items):
+            lanes.setdefault((item.dataset, item.assignment.bucket), []).extend([index] * item.repeats)
+        self._lanes = dict(sorted(lanes.items()))
+        self.order = Order(
+            [
+                Lane(tuple(entries), self.config.datasets[dataset].batch_size)
+                for (dataset, _), entries in self._lanes.items()
+            ],
+            seed,
+        )
+        self._loader: Loader | None = None
+
+    # numbers
+
+    @property
+    def images(self) -> int:
+        """Different images; one in several datasets counts for each."""
+        return len(self.items)
+
+    @cached_property
+    def repeated(self) -> int:
+        """Samples of an epoch: images times repeats."""
+        return sum(item.repeats for item in self.items)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Images per batch and process, one for each dataset."""
+        return tuple(settings.batch_size for settings in self.config.datasets)
+
+    def batches_in_epoch(self, world: int = 1) -> int:
+        """Micro-batches of each process in an epoch; with one process: all batches."""
+        return self.order.groups(world)
+
+    def steps_in_epoch(self, world: int, accumulation: int) -> int:
+        """Optimizer steps in an epoch."""
+        return self.order.steps(world, accumulation)
+
+    def bucket_counts(self, dataset: int) -> dict[Size, int]:
+        """Samples of an epoch in each bucket of a dataset, sorted by size."""
+        return {bucket: len(entries) for (number, bucket), entries in self._lanes.items() if number == dataset}
+
+    def mean_aspect_error(self, dataset: int) -> float:
+        """Mean distance of the aspect ratios of images and buckets; 0 when there are no images."""
+        errors = [abs(item.assignment.ar_error) for item in self.items if item.dataset == dataset]
+        return sum(errors) / len(errors) if errors else 0.0
+
+    def tag_frequency(self, dataset: int) -> dict[str, dict[str, int]]:
+        """How many captions hold each tag, by name of the image folder; the first of equal names counts."""
+        captions: dict[str, list[str]] = {}
+        for item in self.items:
+            if item.dataset == dataset:
+                captions.setdefault(item.subset.image_dir, []).append(item.caption)
+        counts: dict[str, dict[str, int]] = {}
+        for folder, texts in captions.items():
+            counts.setdefault(Path(folder).name, tag_counts(texts))
+        return counts
+
+    # batches
+
+    def epoch_batches(self, epoch: int, world: int = 1, accumulation: int = 1, start: int = 0) -> list[Group]:
+        """The micro-steps of an epoch (from 1) from a position on, each with the share of every process."""
+        return self.order.epoch(epoch, world, accumulation)[start:]
+
+    def loader(
+        self,
+        epoch: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        accumulation: int = 1,
+        *,
+        workers: int = 0,
+        persistent: bool = True,
+        tokenize: Tokenize | None = None,
+    ) -> Iterator[Batch]:
+        """The batches of one process in an epoch (from 1), from micro-step `start` on.
+
+        `workers` processes decode images; with cached latents threads read ahead instead. `tokenize` is called in this
+        thread for every batch.
+        """
+        if self._loader is None:
+            self._loader = Loader(self, workers=workers, persistent=persistent)
+        order = self.order.epoch(epoch, world, accumulation)
+        return self._loader.batches(_Shares(order, rank, start), tokenize)
+
+
+class _Shares(Sequence[Share]):
+    """The shares of one process, each made when it is asked for."""
+
+    def __init__(self, epoch: Epoch, rank: int, start: int) -> None:
+        self._epoch, self._rank, self._start = epoch, rank, start
+
+    def __len__(self) -> int:
+        return max(len(self._epoch) - self._start, 0)
+
+    def __getitem__(self, index: int) -> Share:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._epoch.share(self._start + index, self._rank)

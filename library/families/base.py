@@ -1,0 +1,91 @@
+"""What a model family must be able to do; the rest of the project knows families only through this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from library.types import Cond, Finding, Tokens, Traits
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from library.objectives import Objective
+    from library.options import Options
+
+
+class Family(Protocol):
+    """An architecture: how to load, tokenize, encode, predict and name. Holds paths and tokenizers, never models."""
+
+    traits: ClassVar[Traits]
+    encoder_names: ClassVar[tuple[str, ...]]
+    """Text encoders in the order in which network plug-ins expect them."""
+
+    @classmethod
+    def from_options(cls, options: Options) -> Family:
+        """The family as a training or caching script's options want it."""
+
+    def findings(self) -> list[Finding]:
+        """What is wrong with the model files named in the options, read from their headers only."""
+
+    def load_tokenizers(self) -> None:
+        """Loads the tokenizers. Errors: UserError when their files are found nowhere."""
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Token ids and masks, padded to the encoders' lengths and cut there."""
+
+    def count_tokens(self, captions: Sequence[str]) -> dict[str, list[int]]:
+        """Number of tokens of each caption, end mark included and nothing cut, by encoder name."""
+
+    def token_limits(self) -> dict[str, int]:
+        """Longest token sequence by encoder name."""
+
+    def load_encoders(
+        self, names: Sequence[str], device: torch.device, dtype: torch.dtype
+    ) -> dict[str, nn.Module]:
+        """The named text encoders, frozen, in evaluation mode."""
+
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The image autoencoder, frozen, in evaluation mode."""
+
+    def load_denoiser(self, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+        """The denoiser; dtype None keeps that of the file."""
+
+    def encode_text(self, encoders: Mapping[str, nn.Module], tokens: Tokens) -> Cond:
+        """What the given encoders say; those that aren't given leave their arrays out."""
+
+    def encode_images(self, vae: nn.Module, pixels: Tensor, noise: Callable[[tuple[int, ...]], Tensor] | None) -> Tensor:
+        """Latents (B, C, h, w) float32 as the denoiser wants them, of pixels (B, 3, H, W) in [-1, 1].
+
+        `noise` draws the sample of the posterior from a shape; None takes the mean.
+        """
+
+    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1], float32."""
+
+    def objective(self) -> Objective:
+        """What is learned, with the settings of the options."""
+
+    def predict(
+        self, denoiser: nn.Module, x: Tensor, timesteps: Tensor, cond: Cond, guidance: Tensor | None = None
+    ) -> Tensor:
+        """The denoiser's answer (B, C, h, w) for noisy latents x at timesteps (B,) in [0, 1000].
+
+        `guidance` (B,) is the embedded guidance; None takes the training value of the options.
+        """
+
+    def vae_identity(self) -> str:
+        """Changes when the autoencoder, or anything else that decides the latents, changes."""
+
+    def text_identity(self) -> str:
+        """Changes when a text encoder, a tokenizer or an option that decides the text outputs changes."""
+
+    def sampling_shift(self) -> bool:
+        """Whether the sampling schedule is shifted by the number of image tokens."""
+
+    def architecture(self) -> str:
+        """`modelspec.architecture` of the base model."""
+
+    def metadata(self) -> dict[str, object]:
+        """Family-specific `ss_*` values, names without the prefix."""

@@ -1,0 +1,341 @@
+"""FLUX.1: dev, schnell, and models of the same layout in any size."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from library import files
+from library.families.tokenizers import CLIP_L, T5_XXL, load_tokenizer
+from library.log import UserError, get_logger
+from library.models import autoencoder, clip, detect, loading, t5
+from library.models.flux import Flux as FluxModel
+from library.models.flux import image_ids, patchify, unpatchify
+from library.objectives import Flow, FlowSettings
+from library.option_groups import (
+    FlowDensityOptions,
+    FluxInferenceOptions,
+    FluxOptions,
+    LossOptions,
+    ModelOptions,
+    NoiseOptions,
+)
+from library.options import Options
+from library.types import Cond, Finding, Tokens, Traits
+
+logger = get_logger(__name__)
+
+LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159
+T5_LENGTH = {True: 512, False: 256}
+"""Default number of T5 tokens, by whether the model embeds guidance (dev) or not (schnell)."""
+CLIP_POSITIONS = "text_model.embeddings.position_embedding.weight"
+
+
+@dataclass(frozen=True)
+class FluxFiles:
+    """Where the parts of a FLUX.1 model lie, and how to read them."""
+
+    transformer: str | None
+    clip_l: str | None
+    t5xxl: str | None
+    ae: str | None
+    transformer_option: str = "--pretrained_model_name_or_path"
+    tokenizer_cache_dir: str | None = None
+    mmap: bool = True
+    t5_length: int | None = None
+    """None: as the model suggests, see `T5_LENGTH`."""
+    apply_t5_mask: bool = False
+
+    def required(self, name: str) -> str:
+        """The path of a part. Errors: UserError when the option wasn't given."""
+        path = getattr(self, name)
+        if not path:
+            option = self.transformer_option if name == "transformer" else f"--{name}"
+            raise UserError("a model file is missing from the command", option, f"give {option} FILE", code="E-MODEL-NONE")
+        return str(path)
+
+
+@dataclass
+class Flux:
+    """See `library.families.base.Family`."""
+
+    files: FluxFiles
+    settings: FlowSettings = field(default_factory=FlowSettings)
+    guidance: float = 3.5
+    """Embedded guidance of training."""
+
+    traits: ClassVar[Traits] = Traits(
+        name="flux",
+        latent_channels=16,
+        latent_stride=8,
+        bucket_step=16,
+        latents_suffix="_flux.npz",
+        latents_keys_carry_size=True,
+        text_suffix="_flux_te.npz",
+        base_model_version="flux1",
+    )
+    encoder_names: ClassVar[tuple[str, ...]] = ("clip_l", "t5xxl")
+
+    @classmethod
+    def from_options(cls, options: Options) -> Flux:
+        """The family as a training or caching script's options want it."""
+        model, flux = options[ModelOptions], options[FluxOptions]
+        if flux.guidance_scale == 3.5 and not options.given("guidance_scale"):
+            logger.info("--guidance_scale is 3.5 by default; 1.0 is the usual choice for training on FLUX.1-dev")
+        return cls(
+            FluxFiles(
+                transformer=model.pretrained_model_name_or_path,
+                clip_l=flux.clip_l,
+                t5xxl=flux.t5xxl,
+                ae=flux.ae,
+                tokenizer_cache_dir=model.tokenizer_cache_dir,
+                mmap=not model.disable_mmap_load_safetensors,
+                t5_length=flux.t5xxl_max_token_length,
+                apply_t5_mask=flux.apply_t5_attn_mask,
+            ),
+            flow_settings(options),
+            flux.guidance_scale,
+        )
+
+    @classmethod
+    def from_inference_options(cls, options: FluxInferenceOptions, tokenizer_cache_dir: str | None) -> Flux:
+        """The family as the inference script's options want it."""
+        return cls(
+            FluxFiles(
+                transformer=options.ckpt_path,
+                clip_l=options.clip_l,
+                t5xxl=options.t5xxl,
+                ae=options.ae,
+                transformer_option="--ckpt_path",
+                tokenizer_cache_dir=tokenizer_cache_dir,
+                apply_t5_mask=options.apply_t5_attn_mask,
+            )
+        )
+
+    # what the files are
+
+    def findings(self) -> list[Finding]:
+        """What is wrong with the model files named in the options, read from their headers only."""
+        wanted = (
+            (self.files.transformer, self.files.transformer_option, "flux"),
+            (self.files.clip_l, "--clip_l", "clip_l"),
+            (self.files.t5xxl, "--t5xxl", "t5xxl"),
+            (self.files.ae, "--ae", "flux_ae"),
+        )
+        found = [detect.check(path, option, kind) for path, option, kind in wanted if path]
+        return [finding for finding in found if finding is not None]
+
+    @cached_property
+    def embeds_guidance(self) -> bool:
+        """Whether the model has a guidance input, as FLUX.1-dev has and FLUX.1-schnell has not."""
+        names = loading.flux_header(self.files.required("transformer"), self.files.transformer_option).tensors
+        return any("guidance_in." in name or "guidance_embedder." in name for name in names)
+
+    @property
+    def t5_length(self) -> int:
+        """Number of T5 tokens."""
+        return self.files.t5_length or T5_LENGTH[self.embeds_guidance]
+
+    @cached_property
+    def clip_length(self) -> int:
+        """Number of CLIP tokens."""
+        return files.header(Path(self.files.required("clip_l"))).tensors[CLIP_POSITIONS].shape[0]
+
+    def architecture(self) -> str:
+        """`modelspec.architecture` of the base model."""
+        return "flux-1-dev" if self.embeds_guidance else "flux-1-schnell"
+
+    def sampling_shift(self) -> bool:
+        """Whether the sampling schedule is shifted by the number of image tokens."""
+        return self.embeds_guidance
+
+    def vae_identity(self) -> str:
+        """Changes when the autoencoder changes."""
+        return files.fingerprint(Path(self.files.required("ae")))
+
+    def text_identity(self) -> str:
+        """Changes when a text encoder, a tokenizer or an option that decides the text outputs changes."""
+        parts = [
+            *(files.fingerprint(Path(self.files.required(name))) for name in self.encoder_names),
+            str(self.t5_length),
+            str(self.files.apply_t5_mask),
+            *(repr(sorted(tokenizer.get_vocab().items())) for tokenizer in self._tokenizers.values()),
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def metadata(self) -> dict[str, object]:
+        """FLUX's own `ss_*` values, names without the prefix."""
+        settings = self.settings
+        return {
+            "apply_t5_attn_mask": self.files.apply_t5_mask,
+            "weighting_scheme": settings.weighting_scheme,
+            "logit_mean": settings.logit_mean,
+            "logit_std": settings.logit_std,
+            "mode_scale": settings.mode_scale,
+            "guidance_scale": self.guidance,
+            "timestep_sampling": settings.timestep_sampling,
+            "sigmoid_scale": settings.sigmoid_scale,
+            "model_prediction_type": settings.model_prediction_type,
+            "discrete_flow_shift": settings.discrete_flow_shift,
+        }
+
+    # text
+
+    def load_tokenizers(self) -> None:
+        """Loads the tokenizers. Errors: ResourceError when their files are found nowhere."""
+        _ = self._tokenizers
+
+    @cached_property
+    def _tokenizers(self) -> dict[str, Any]:
+        cache, beside = self.files.tokenizer_cache_dir, (self.files.clip_l, self.files.t5xxl)
+        return {
+            "clip_l": load_tokenizer(CLIP_L, cache, beside),
+            "t5xxl": load_tokenizer(T5_XXL, cache, beside),
+        }
+
+    def token_limits(self) -> dict[str, int]:
+        """Longest token sequence by encoder name."""
+        return {"clip_l": self.clip_length, "t5xxl": self.t5_length}
+
+    def count_tokens(self, captions: Sequence[str]) -> dict[str, list[int]]:
+        """Number of tokens of each caption, end mark included and nothing cut, by encoder name."""
+        return {
+            name: [len(ids) for ids in tokenizer(list(captions), verbose=False)["input_ids"]]
+            for name, tokenizer in self._tokenizers.items()
+        }
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """`clip_l` (B, 77), `t5xxl` and `t5_attn_mask` (B, L)."""
+
+        def padded(name: str) -> Any:
+            return self._tokenizers[name](
+                list(captions),
+                padding="max_length",
+                truncation=True,
+                max_length=self.token_limits()[name],
+                return_tensors="pt",
+            )
+
+        t5_tokens = padded("t5xxl")
+        return {
+            "clip_l": padded("clip_l")["input_ids"],
+            "t5xxl": t5_tokens["input_ids"],
+            "t5_attn_mask": t5_tokens["attention_mask"],
+        }
+
+    def encode_text(self, encoders: Mapping[str, nn.Module], tokens: Tokens) -> Cond:
+        """`l_pooled` (B, 768) from CLIP-L; `t5_out` (B, L, 4096), `txt_ids` (B, L, 3) and the masks from T5."""
+        cond: Cond = {}
+        if "clip_l" in encoders:
+            eos = self._tokenizers["clip_l"].eos_token_id
+            cond["l_pooled"] = clip.clip_pooled(encoders["clip_l"], tokens["clip_l"], eos)
+        if "t5xxl" in encoders:
+            mask = tokens["t5_attn_mask"]
+            cond["t5_out"] = t5.t5_hidden(encoders["t5xxl"], tokens["t5xxl"], mask if self.files.apply_t5_mask else None)
+            cond["txt_ids"] = torch.zeros(*mask.shape, 3, device=mask.device)
+            cond["t5_attn_mask"] = mask
+            cond["apply_t5_attn_mask"] = torch.full((len(mask),), self.files.apply_t5_mask, device=mask.device)
+        return cond
+
+    def load_encoders(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+        """The named text encoders, frozen, in evaluation mode."""
+        load = {"clip_l": loading.load_clip, "t5xxl": loading.load_t5}
+        return {
+            name: _frozen(
+                load[name](
+                    self.files.required(name), dtype=dtype, device=device, mmap=self.files.mmap, option=f"--{name}"
+                )
+            )
+            for name in self.encoder_names
+            if name in names
+        }
+
+    # images
+
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The image autoencoder, frozen, in evaluation mode."""
+        path = self.files.required("ae")
+        return _frozen(
+            loading.load_autoencoder(path, dtype=dtype, device=device, mmap=self.files.mmap, option="--ae")
+        )
+
+    def encode_images(self, vae: nn.Module, pixels: Tensor, noise: Callable[[tuple[int, ...]], Tensor] | None) -> Tensor:
+        """Latents (B, 16, h, w) float32, shifted and scaled."""
+        return (autoencoder.encode(vae, pixels, noise).float() - LATENT_SHIFT) * LATENT_SCALE
+
+    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1], float32."""
+        return autoencoder.decode(vae, latents.float() / LATENT_SCALE + LATENT_SHIFT).float()
+
+    # the denoiser
+
+    def load_denoiser(self, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+        """The transformer, in evaluation mode."""
+        path = self.files.required("transformer")
+        return loading.load_flux(
+            path, dtype=dtype, device=device, mmap=self.files.mmap, option=self.files.transformer_option
+        ).eval()
+
+    def objective(self) -> Flow:
+        """Rectified flow."""
+        return Flow(self.settings)
+
+    def predict(
+        self, denoiser: nn.Module, x: Tensor, timesteps: Tensor, cond: Cond, guidance: Tensor | None = None
+    ) -> Tensor:
+        """The velocity (B, 16, h, w) for noisy latents x at timesteps (B,) in [0, 1000]."""
+        model = denoiser
+        assert isinstance(model, FluxModel)
+        dtype = model.img_in.weight.dtype
+        if guidance is None:
+            guidance = torch.full_like(timesteps, self.guidance)
+        velocity: Tensor = model(
+            img=patchify(x).to(dtype),
+            img_ids=image_ids(x),
+            txt=cond["t5_out"].to(dtype),
+            txt_ids=cond["txt_ids"],
+            timesteps=timesteps / 1000,
+            pooled=cond["l_pooled"].to(dtype),
+            guidance=guidance if model.config.guidance else None,
+            txt_mask=cond["t5_attn_mask"].bool() if self.files.apply_t5_mask else None,
+        )
+        return unpatchify(velocity, x.shape[-2], x.shape[-1])
+
+
+def flow_settings(options: Options) -> FlowSettings:
+    """The objective's settings from the option groups."""
+    flux, density, loss, noise = (
+        options[FluxOptions],
+        options[FlowDensityOptions],
+        options[LossOptions],
+        options[NoiseOptions],
+    )
+    return FlowSettings(
+        timestep_sampling=flux.timestep_sampling,
+        sigmoid_scale=flux.sigmoid_scale,
+        discrete_flow_shift=flux.discrete_flow_shift,
+        model_prediction_type=flux.model_prediction_type,
+        weighting_scheme=density.weighting_scheme,
+        logit_mean=density.logit_mean,
+        logit_std=density.logit_std,
+        mode_scale=density.mode_scale,
+        loss_type=loss.loss_type,
+        huber_schedule=loss.huber_schedule,
+        huber_c=loss.huber_c,
+        huber_scale=loss.huber_scale,
+        min_timestep=noise.min_timestep,
+        max_timestep=noise.max_timestep,
+        ip_noise_gamma=noise.ip_noise_gamma,
+        ip_noise_gamma_random_strength=noise.ip_noise_gamma_random_strength,
+    )
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,241 @@
+"""Image generation with FLUX.1 for `flux_minimal_inference.py`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from library import devices
+from library.families.flux import Flux
+from library.generate.session import Session
+from library.log import UserError, get_logger
+from library.models import quantized
+from library.option_groups import FluxInferenceOptions, InferenceExtraOptions
+from library.sampling import SampleRequest, sample, to_image
+from library.types import Cond
+from networks import lora_flux
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from library.options import Options
+
+logger = get_logger(__name__)
+
+STEPS = {True: 50, False: 4}
+"""Default number of steps, by whether the model embeds guidance (dev) or not (schnell)."""
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A network to apply, and how strongly."""
+
+    path: str
+    multiplier: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> LoraFile:
+        """From `path` or `path;multiplier`. Errors: UserError for a multiplier that isn't a number."""
+        path, separator, multiplier = text.rpartition(";")
+        if not separator:
+            return cls(text)
+        try:
+            return cls(path, float(multiplier))
+        except ValueError:
+            raise UserError(
+                f"the multiplier {multiplier!r} is not a number", "--lora_weights", 'write "file.safetensors;0.8"'
+            ) from None
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Types of the parts."""
+
+    clip_l: torch.dtype
+    t5xxl: torch.dtype
+    ae: torch.dtype
+    flux: torch.dtype
+
+    @classmethod
+    def from_options(cls, options: FluxInferenceOptions) -> Dtypes:
+        """Each part's own option, else `--dtype`."""
+        every = devices.dtype_of(options.dtype)
+
+        def own(name: str | None) -> torch.dtype:
+            return every if name is None else devices.dtype_of(name)
+
+        return cls(own(options.clip_l_dtype), own(options.t5xxl_dtype), own(options.ae_dtype), own(options.flux_dtype))
+
+
+@dataclass
+class Painter:
+    """Makes images with one FLUX.1 model. The parts are loaded when first needed; with `offload` they wait on the CPU."""
+
+    family: Flux
+    dtypes: Dtypes
+    device: torch.device
+    offload: bool = False
+    loras: Sequence[LoraFile] = ()
+    merge: bool = False
+    keep_encoders: bool = True
+    """False: the text encoders are dropped after use, where only one prompt comes."""
+    _parts: dict[str, nn.Module] = field(default_factory=dict)
+    _networks: dict[str, list[Any]] = field(default_factory=dict)
+
+    def render(self, request: SampleRequest) -> Image.Image:
+        """The image of a request."""
+        cond, negative = self._encode(request)
+        with self._in_use("flux") as denoiser, self._precision(self.dtypes.flux):
+            latents = sample(
+                request,
+                predict=lambda x, t, c, guidance: self.family.predict(denoiser, x, t, c, guidance),
+                objective=self.family.objective(),
+                cond=cond,
+                negative_cond=negative,
+                latent_channels=self.family.traits.latent_channels,
+                stride=self.family.traits.latent_stride,
+                shift=self.family.sampling_shift(),
+                device=self.device,
+            )
+        with self._in_use("ae") as vae:
+            parameter = next(vae.parameters())
+            pixels = self.family.decode_latents(vae, latents.to(parameter.dtype))
+        return to_image(pixels)
+
+    def set_multipliers(self, multipliers: Sequence[float]) -> None:
+        """Changes the strengths of the networks, in the order in which they were given."""
+        if self.merge:
+            logger.warning("the networks are merged into the model; their multipliers can't be changed any more")
+            return
+        self.loras = [replace(lora, multiplier=value) for lora, value in zip(self.loras, multipliers, strict=False)]
+        for networks in self._networks.values():
+            for network, lora in zip(networks, self.loras, strict=True):
+                network.set_multiplier(lora.multiplier)
+
+    def _encode(self, request: SampleRequest) -> tuple[Cond, Cond | None]:
+        prompts = [request.prompt] + ([request.negative_prompt or ""] if request.cfg != 1.0 else [])
+        conds: list[Cond] = [{} for _ in prompts]
+        for name in self.family.encoder_names:
+            with self._in_use(name) as encoder, torch.no_grad(), self._precision(getattr(self.dtypes, name)):
+                for prompt, cond in zip(prompts, conds, strict=True):
+                    tokens = {key: value.to(self.device) for key, value in self.family.tokenize([prompt]).items()}
+                    cond |= self.family.encode_text({name: encoder}, tokens)
+            if not self.keep_encoders:
+                del encoder
+                self._parts.pop(name)
+                self._networks.pop(name, None)
+                devices.release_memory()
+        for cond in conds:
+            _refuse_nan(cond)
+        return conds[0], conds[1] if len(conds) > 1 else None
+
+    @contextmanager
+    def _in_use(self, name: str) -> Iterator[nn.Module]:
+        module = self._part(name).to(self.device)
+        yield module
+        if self.offload:
+            module.to("cpu")
+            devices.release_memory()
+
+    def _part(self, name: str) -> nn.Module:
+        if name not in self._parts:
+            self._parts[name] = self._load(name)
+            if name != "ae":
+                self._attach(name)
+        return self._parts[name]
+
+    def _load(self, name: str) -> nn.Module:
+        device = torch.device("cpu") if self.offload else self.device
+        dtype: torch.dtype = getattr(self.dtypes, name)
+        compute = torch.bfloat16 if quantized.is_float8(dtype) else dtype
+        if name == "ae":
+            return self.family.load_vae(device, compute)
+        if name == "flux":
+            module = self.family.load_denoiser(device, compute).requires_grad_(False)
+        else:
+            module = self.family.load_encoders([name], device, compute)[name]
+        return quantized.store_linears(module, dtype) if quantized.is_float8(dtype) else module
+
+    def _attach(self, name: str) -> None:
+        """Applies or merges the networks to one part; a part without keys in a file is left alone."""
+        module = self._parts[name]
+        encoders = [module if name == encoder else None for encoder in self.family.encoder_names]
+        denoiser = module if name == "flux" else None
+        networks = []
+        for lora in self.loras:
+            network, weights = lora_flux.create_network_from_weights(
+                lora.multiplier, lora.path, None, encoders, denoiser, for_inference=True
+            )
+            if self.merge:
+                network.merge_to(encoders, denoiser, weights, getattr(self.dtypes, name), self.device)
+                continue
+            network.apply_to(encoders, denoiser, name != "flux", name == "flux")
+            network.load_weights(lora.path)
+            network.to(self.device).eval().requires_grad_(False)
+            networks.append(network)
+        if networks:
+            self._networks[name] = networks
+
+    @contextmanager
+    def _precision(self, dtype: torch.dtype) -> Iterator[None]:
+        compute = torch.bfloat16 if quantized.is_float8(dtype) else dtype
+        with torch.autocast(self.device.type, dtype=compute, enabled=compute != torch.float32):
+            yield
+
+
+def generate(options: Options) -> None:
+    """Makes the images that the inference script's options ask for."""
+    group, extra = options[FluxInferenceOptions], options[InferenceExtraOptions]
+    family = Flux.from_inference_options(group, extra.tokenizer_cache_dir)
+    problems = [finding for finding in family.findings() if finding.error]
+    if problems:
+        first = problems[0]
+        raise UserError(first.what, first.where, first.hint, code=first.code)
+    family.load_tokenizers()
+    painter = Painter(
+        family,
+        Dtypes.from_options(group),
+        devices.best_device(),
+        offload=group.offload,
+        loras=[LoraFile.parse(text) for text in group.lora_weights],
+        merge=group.merge_lora_weights,
+        keep_encoders=group.interactive,
+    )
+    first_request = SampleRequest(
+        prompt=group.prompt,
+        negative_prompt=group.negative_prompt,
+        width=group.width,
+        height=group.height,
+        seed=group.seed,
+        steps=group.steps or STEPS[family.embeds_guidance],
+        guidance=group.guidance,
+        cfg=group.cfg_scale if group.negative_prompt is not None else 1.0,
+    )
+    session = Session(painter.render, Path(group.output_dir), set_multipliers=painter.set_multipliers)
+    if group.interactive:
+        session.run_interactive(first_request)
+    else:
+        session.run([first_request])
+
+
+def random_seed() -> int:
+    """A seed for a request that has none."""
+    return random.SystemRandom().getrandbits(32)
+
+
+def _refuse_nan(cond: Cond) -> None:
+    for name, tensor in cond.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"the text encoder gives values that are not numbers ({name})",
+                "--clip_l / --t5xxl",
+                "use --dtype bfloat16 or float32 for the text encoders",
+                code="E-NONFINITE",
+            )

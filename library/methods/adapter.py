@@ -1,0 +1,398 @@
+"""Trains an adapter network beside a frozen model; the network is a plug-in named by `--network_module`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from library import files
+from library.log import UserError, get_logger
+from library.methods.base import Method, ParamGroup, broadcast, require_something
+from library.option_groups import MemoryOptions, NetworkOptions, OptimizerOptions, PrecisionOptions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from library.options import Options
+    from library.types import Batch, Models
+
+logger = get_logger(__name__)
+
+DENOISER = "unet"
+"""What the ecosystem's protocol calls the denoiser."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A learning rate, and the option that it came from."""
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The learning rates of all components."""
+
+    default: Rate
+    denoiser: Rate
+    encoders: Mapping[str, Rate]
+    """By name, in the family's order."""
+
+    @classmethod
+    def from_options(cls, options: Options, encoder_names: Sequence[str]) -> Rates:
+        """Missing rates come from `--learning_rate`; one `--text_encoder_lr` counts for all encoders.
+
+        Errors: UserError when there are more rates than encoders.
+        """
+        network, optimizer = options[NetworkOptions], options[OptimizerOptions]
+        fallback = "--learning_rate" if options.given("learning_rate") else "default of --learning_rate"
+        default = Rate(float(optimizer.learning_rate or 0), fallback)
+        denoiser = default if network.unet_lr is None else Rate(network.unet_lr, "--unet_lr")
+        given = _numbers(network.text_encoder_lr)
+        if encoder_names and len(given) > len(encoder_names):
+            what = f"{len(given)} rates for {len(encoder_names)} text encoders ({', '.join(encoder_names)})"
+            raise UserError(what, options.where("text_encoder_lr"), "give one, or one for each", code="E-LR")
+        encoders = {
+            name: Rate(given[min(index, len(given) - 1)], "--text_encoder_lr") if given else default
+            for index, name in enumerate(encoder_names)
+        }
+        return cls(default, denoiser, encoders)
+
+
+class Adapter(Method):
+    """See `library.methods.base.Method`."""
+
+    def __init__(
+        self,
+        network: NetworkOptions,
+        rates: Rates,
+        *,
+        dtype: torch.dtype | None = None,
+        gradient_checkpointing: bool = False,
+        all_options: Mapping[str, object] | None = None,
+    ) -> None:
+        """What the options say. `dtype`: of the trained weights, None: as the plug-in makes them.
+
+        Errors: UserError when nothing would be trained, options exclude one another, or there is no such plug-in.
+        """
+        self.options, self.rates, self.dtype = network, rates, dtype
+        self.gradient_checkpointing, self.all_options = gradient_checkpointing, dict(all_options or {})
+        if network.network_train_unet_only and network.network_train_text_encoder_only:
+            where = "--network_train_unet_only and --network_train_text_encoder_only"
+            raise UserError("together they leave nothing to train", where, "give one of them", code="E-NOTHING")
+        if network.dim_from_weights and not network.network_weights:
+            raise UserError("there are no weights", "--dim_from_weights", "give --network_weights FILE")
+        self.plugin = _import(network.network_module)
+        self.arguments = _pairs(network.network_args or ())
+        self.max_norm = network.scale_weight_norms
+        self.trains_denoiser = not network.network_train_text_encoder_only and rates.denoiser.value != 0
+        self._encoders = self._trained_encoders()
+        if not self.trains_denoiser and not self._encoders:
+            raise UserError("nothing would be trained", "; ".join(self.frozen().values()), code="E-NOTHING")
+        self._merged: set[str] = set()
+        self._network: Any = None
+        self._groups: list[ParamGroup] | None = None
+
+    @classmethod
+    def from_options(cls, options: Options, encoder_names: Sequence[str] = ()) -> Adapter:
+        """See `Method.from_options`."""
+        import torch
+
+        precision = options[PrecisionOptions]
+        dtype = torch.float16 if precision.full_fp16 else torch.bfloat16 if precision.full_bf16 else None
+        return cls(
+            options[NetworkOptions],
+            Rates.from_options(options, encoder_names),
+            dtype=dtype,
+            gradient_checkpointing=options[MemoryOptions].gradient_checkpointing,
+            all_options=options.public(),
+        )
+
+    @property
+    def network(self) -> Any:
+        """The plug-in's network."""
+        assert self._network is not None, "not attached yet"
+        return self._network
+
+    @property
+    def recorded_arguments(self) -> dict[str, str]:
+        """`--network_args` as they are recorded in files; empty when none were given."""
+        return self._keywords() if self.arguments and not self.options.dim_from_weights else dict(self.arguments)
+
+    def trained_encoders(self) -> set[str]:
+        """Names of the text encoders that get adapters."""
+        return set(self._encoders)
+
+    def frozen(self) -> dict[str, str]:
+        """Components without adapters, and why."""
+        reasons = {}
+        if self.options.network_train_text_encoder_only:
+            reasons[DENOISER] = "--network_train_text_encoder_only"
+        elif not self.trains_denoiser:
+            reasons[DENOISER] = f"{self.rates.denoiser.source} is 0"
+        for name, rate in self.rates.encoders.items():
+            if name not in self._encoders:
+                covered = "the network has no adapters for it" if rate.value else f"{rate.source} is 0"
+                reasons[name] = "--network_train_unet_only" if self.options.network_train_unet_only else covered
+        return reasons
+
+    def _trained_encoders(self) -> list[str]:
+        if self.options.network_train_unet_only:
+            return []
+        names = list(self.rates.encoders)
+        ask = getattr(self.plugin, "trained_encoders", None)
+        covered = set(names if ask is None else ask(names, self.arguments))
+        return [name for name in names if name in covered and self.rates.encoders[name].value != 0]
+
+    # attaching
+
+    def loaded(self, models: Models) -> None:
+        """Merges the files of `--base_weights` into the parts that are there, each part once."""
+        fresh = {DENOISER} if models.denoiser is not None else set()
+        fresh = (fresh | set(models.encoders)) - self._merged
+        if not self.options.base_weights or not fresh:
+            return
+        denoiser = models.denoiser if DENOISER in fresh else None
+        encoders = self._encoder_argument({name: part for name, part in models.encoders.items() if name in fresh})
+        multipliers = list(self.options.base_weights_multiplier or ())
+        for index, path in enumerate(self.options.base_weights):
+            multiplier = multipliers[index] if index < len(multipliers) else 1.0
+            network, weights = self.plugin.create_network_from_weights(
+                multiplier, path, None, encoders, denoiser, for_inference=True
+            )
+            if not getattr(network, "is_mergeable", lambda: True)():
+                raise UserError("this network kind can't be merged", f"--base_weights {path}", code="E-NETWORK-MERGE")
+            network.merge_to(encoders, denoiser, weights, None, None)
+            logger.info("merged %s with %g into the base model", path, multiplier)
+        self._merged |= fresh
+
+    def attach(self, models: Models) -> None:
+        """Freezes the model and hooks the network onto it."""
+        self.loaded(models)
+        for part in (models.denoiser, *models.encoders.values()):
+            if part is not None:
+                part.requires_grad_(False)
+        trained = {name: models.encoders[name] for name in self._encoders if name in models.encoders}
+        assert len(trained) == len(self._encoders), "a trained text encoder isn't loaded"
+        denoiser, encoders = models.denoiser, self._encoder_argument(trained)
+        self._network = network = self._create(encoders, denoiser)
+        if hasattr(network, "prepare_network"):
+            network.prepare_network(SimpleNamespace(**self.all_options))
+        network.apply_to(encoders, denoiser, bool(trained), self.trains_denoiser)
+        if self.options.network_weights:
+            report = network.load_weights(self.options.network_weights)
+            logger.info("%s: %s", self.options.network_weights, report)
+        if self.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
+            network.enable_gradient_checkpointing()
+        if self.dtype is not None:
+            network.to(dtype=self.dtype)
+        if hasattr(network, "prepare_grad_etc"):
+            network.prepare_grad_etc(encoders, denoiser)
+        if self.max_norm and not hasattr(network, "apply_max_norm_regularization"):
+            logger.warning("--scale_weight_norms has no effect: %s doesn't support it", self.options.network_module)
+            self.max_norm = None
+        self._parts = encoders, denoiser
+
+    def _create(self, encoders: object, denoiser: nn.Module | None) -> Any:
+        options = self.options
+        keywords = self._keywords()
+        if options.dim_from_weights:
+            network, _ = self.plugin.create_network_from_weights(
+                1.0, options.network_weights, None, encoders, denoiser, **keywords
+            )
+        else:
+            network = self.plugin.create_network(
+                1.0,
+                options.network_dim,
+                options.network_alpha,
+                None,
+                encoders,
+                denoiser,
+                neuron_dropout=options.network_dropout,
+                **keywords,
+            )
+        if network is None:
+            raise UserError(
+                "the plug-in made no network", f"--network_module {options.network_module}", code="E-NETWORK"
+            )
+        return network
+
+    def _keywords(self) -> dict[str, str]:
+        dropout = self.options.network_dropout
+        return self.arguments if dropout is None else {"dropout": str(dropout), **self.arguments}
+
+    def _encoder_argument(self, encoders: Mapping[str, nn.Module]) -> list[nn.Module | None]:
+        """Encoders as a plug-in expects them: ours with None for those that aren't there, foreign ones without gaps."""
+        names = list(self.rates.encoders) or list(encoders)
+        places: list[nn.Module | None] = [encoders.get(name) for name in names]
+        knows_gaps = hasattr(self.plugin, "trained_encoders")
+        return places if knows_gaps else [encoder for encoder in places if encoder is not None]
+
+    # training
+
+    def param_groups(self) -> list[ParamGroup]:
+        """One group for each component, and one more with LoRA+; what is in none of them is frozen."""
+        if self._groups is None:
+            groups = require_something(self._ask_groups(), f"--network_module {self.options.network_module}")
+            grouped = {id(parameter) for group in groups for parameter in group.params}
+            for parameter in self.network.parameters():
+                parameter.requires_grad_(id(parameter) in grouped)
+            self._groups = groups
+        return self._groups
+
+    def _ask_groups(self) -> list[ParamGroup]:
+        network, rates = self.network, self.rates
+        encoder_rates = [rate.value for rate in rates.encoders.values()]
+        several = getattr(network, "prepare_optimizer_params_with_multiple_te_lrs", None)
+        if several is not None:
+            answer = several(encoder_rates, rates.denoiser.value, rates.default.value)
+        else:
+            trained = [rates.encoders[name].value for name in self._encoders]
+            older = network.prepare_optimizer_params
+            arguments = [trained[0] if trained else None, rates.denoiser.value, rates.default.value]
+            answer = older(*arguments[: _positional_limit(older, len(arguments))])
+        groups, descriptions = answer if isinstance(answer, tuple) else (answer, None)
+        groups = [group if isinstance(group, dict) else {"params": group} for group in _listed(groups)]
+        names = list(descriptions or []) or _default_names(len(groups))
+        return [self._group(name.strip(), group) for name, group in zip(names, groups, strict=True)]
+
+    def _group(self, name: str, group: Mapping[str, Any]) -> ParamGroup:
+        component, rate = DENOISER, self.rates.denoiser
+        if name.startswith(("textencoder", "text_encoder")):
+            component, rate = self._encoder_of(name)
+        lr = rate.value if group.get("lr") is None else float(group["lr"])
+        ratio = f" x {lr / rate.value:g}" if rate.value and lr != rate.value else ""
+        return ParamGroup(
+            name=name, params=list(group["params"]), lr=lr, lr_source=rate.source + ratio, component=component
+        )
+
+    def _encoder_of(self, name: str) -> tuple[str, Rate]:
+        digits = "".join(filter(str.isdigit, name))
+        names = list(self.rates.encoders)
+        if digits and 0 < int(digits) <= len(names):
+            chosen = names[int(digits) - 1]
+            return chosen, self.rates.encoders[chosen]
+        first = self._encoders[0] if self._encoders else None
+        return first or "text encoder", self.rates.encoders[first] if first else self.rates.default
+
+    def prepare(self, accelerator: Any, models: Models) -> None:
+        """Brings the network to the device, equal in all processes, and switches it to training."""
+        self.network.to(accelerator.device)
+        if accelerator.num_processes > 1:
+            broadcast(list(self.network.state_dict().values()))
+        self.train_mode(True)
+
+    def train_mode(self, training: bool) -> None:
+        """Switches the network between training and evaluation."""
+        self.network.train(training)
+        if training and hasattr(self.network, "on_epoch_start"):
+            self.network.on_epoch_start(*self._parts)
+
+    def before_step(self, step: int) -> None:
+        """Tells the network that a step begins."""
+        if hasattr(self.network, "on_step_start"):
+            self.network.on_step_start()
+
+    def before_batch(self, batch: Batch) -> None:
+        """Sets the strength of the network that the batch's dataset wants."""
+        if batch.multiplier != getattr(self.network, "multiplier", 1.0):
+            if not hasattr(self.network, "set_multiplier"):
+                what = f"a network_multiplier of {batch.multiplier:g}"
+                raise UserError(what, "dataset config", f"{self.options.network_module} doesn't support it")
+            self.network.set_multiplier(batch.multiplier)
+
+    def after_step(self, step: int) -> dict[str, Tensor | float]:
+        """Keeps the norms below `--scale_weight_norms`."""
+        if not self.max_norm:
+            return {}
+        device = next(self.network.parameters()).device
+        scaled, mean, largest = self.network.apply_max_norm_regularization(self.max_norm, device)
+        return {
+            "max_norm/keys_scaled": scaled,
+            "max_norm/average_key_norm": mean,
+            "max_norm/max_key_norm": largest,
+        }
+
+    # files
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The network's tensors."""
+        tensors: dict[str, Tensor] = self.network.state_dict()
+        return tensors
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes tensors of `state_dict`."""
+        self.network.load_state_dict(dict(tensors))
+
+    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+        """Has the network write its file under a temporary name with the same extension, and renames it."""
+        with files.atomic_write(path) as temporary:
+            written = temporary.with_suffix(path.suffix)
+            try:
+                self.network.save_weights(str(written), dtype, dict(metadata) if metadata is not None else None)
+                written.replace(temporary)
+            finally:
+                written.unlink(missing_ok=True)
+
+
+def _import(name: str | None) -> ModuleType:
+    """The plug-in. Errors: UserError when there is none of that name, or it isn't one."""
+    if not name:
+        raise UserError("no network type", "--network_module", "such as --network_module networks.lora_flux")
+    where = f"--network_module {name}"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        is_it = name == missing or name.startswith(f"{missing}.")
+        what = "there is no such module" if is_it else f"it needs {missing}, which isn't installed"
+        hint = f"pip install the package of {missing}, or check the spelling"
+        raise UserError(what, where, hint, code="E-NETWORK-MODULE") from error
+    if not hasattr(module, "create_network"):
+        raise UserError("it isn't a network module: it has no create_network", where, code="E-NETWORK-MODULE")
+    return module
+
+
+def _pairs(items: Sequence[str]) -> dict[str, str]:
+    """`key=value` items; values may hold further `=`. Errors: UserError for an item without one, or given twice."""
+    pairs: dict[str, str] = {}
+    for item in items:
+        key, separator, value = item.partition("=")
+        if not separator or not key:
+            raise UserError(f"{item!r} isn't key=value", "--network_args", "such as --network_args verbose=True")
+        if key in pairs:
+            raise UserError(f"{key} is given twice", "--network_args", "give it once")
+        pairs[key] = value
+    return pairs
+
+
+def _numbers(value: float | Sequence[float] | None) -> list[float]:
+    if value is None:
+        return []
+    return [float(value)] if isinstance(value, int | float) else [float(number) for number in value]
+
+
+def _listed(groups: Any) -> list[Any]:
+    return list(groups)
+
+
+def _default_names(count: int) -> list[str]:
+    return (
+        ["textencoder", DENOISER] if count == 2 else [DENOISER] if count == 1 else [f"group{i}" for i in range(count)]
+    )
+
+
+def _positional_limit(function: Any, most: int) -> int:
+    """How many of `most` positional arguments a function takes."""
+    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return most
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return min(most, sum(kind in positional for kind in kinds))

@@ -1,0 +1,261 @@
+"""What a model file is, told from the names and shapes in its header alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.files import Header
+from library.log import DataError
+from library.models.locations import joint_header, locate
+from library.types import Finding
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of model file."""
+
+    name: str
+    description: str
+    """With article, such as `a CLIP-L text encoder`."""
+    roles: tuple[str, ...] = ()
+    """What it can be used as, see `ROLES`."""
+    hint: str = ""
+    """What to do with it."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a script wants a file for."""
+
+    description: str
+    folders: tuple[str, ...]
+    """Where it lies in a Diffusers folder."""
+
+
+ROLES = {
+    "flux": Role("a FLUX.1 transformer", ("transformer",)),
+    "flux_ae": Role("a FLUX.1 autoencoder", ("vae",)),
+    "sd_vae": Role("an SD or SDXL autoencoder", ("vae",)),
+    "clip_l": Role("a CLIP-L text encoder", ("text_encoder",)),
+    "clip_g": Role("a CLIP-G text encoder", ("text_encoder_2",)),
+    "t5xxl": Role("a T5-XXL text encoder", ("text_encoder_2", "text_encoder_3")),
+    "sd3": Role("an SD3 checkpoint", ("transformer",)),
+    "sdxl": Role("an SDXL checkpoint", ("unet",)),
+    "sd": Role("an SD 1.x or 2.x checkpoint", ("unet",)),
+    "network": Role("a LoRA or another network", ()),
+    "textual_inversion": Role("a textual inversion embedding", ()),
+    "controlnet": Role("a ControlNet", ()),
+}
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The header, as the rules ask for it."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def has(self, *ends: str) -> bool:
+        """Whether some name ends in one of these."""
+        return any(name.endswith(ends) for name in self.shapes)
+
+    def starts(self, *starts: str) -> bool:
+        return any(name.startswith(starts) for name in self.shapes)
+
+    def contains(self, part: str) -> bool:
+        return any(part in name for name in self.shapes)
+
+    def size(self, end: str, axis: int) -> int:
+        """Extent of the first tensor whose name ends so; 0 without one."""
+        shape = next((shape for name, shape in self.shapes.items() if name.endswith(end)), ())
+        return shape[axis] if len(shape) > axis else 0
+
+
+Rule = Callable[[_Names], Kind | None]
+
+
+def detect(header: Header | Mapping[str, tuple[int, ...]]) -> Kind:
+    """The kind of file with this header, or with tensors of these shapes."""
+    names = _Names(header.shapes if isinstance(header, Header) else header)
+    return next((kind for rule in _RULES if (kind := rule(names)) is not None), UNKNOWN)
+
+
+def check(path: Path | str, option: str, wanted: str) -> Finding | None:
+    """What is wrong with the file that `option` gives for the role `wanted`, None if nothing; reads the header only."""
+    try:
+        header = joint_header(locate(path, option, ROLES[wanted].folders), option)
+    except DataError as error:
+        return Finding(error=True, what=error.what, where=error.where, hint=error.hint, code=error.code)
+    return refusal(header, path, option, wanted)
+
+
+def refusal(header: Header, path: Path | str, option: str, wanted: str) -> Finding | None:
+    """Why the file with this header cannot play the role `wanted`; None if it can."""
+    name, where = Path(path).name, f"{option} {path}"
+    kind = detect(header)
+    if wanted not in kind.roles:
+        what = f"{name} is {kind.description}, but {option} wants {ROLES[wanted].description}"
+        return Finding(error=True, what=what, where=where, hint=kind.hint, code="E-MODEL-KIND")
+    types = {info.dtype for info in header.tensors.values()} & set(_REFUSED_TYPES)
+    if types:
+        stored = ", ".join(sorted(_REFUSED_TYPES[name] for name in types))
+        hint = "use a bf16, fp16 or float8_e4m3fn file"
+        what = f"{name} stores its weights as {stored}, which is not supported"
+        return Finding(error=True, what=what, where=where, hint=hint, code="E-MODEL-DTYPE")
+    return None
+
+
+_REFUSED_TYPES = {
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+
+UNKNOWN = Kind("unknown", "of an unknown kind", hint="check that it is the right file")
+
+
+def _quantized(names: _Names) -> Kind | None:
+    if names.has("scaled_fp8", ".scale_weight", ".weight_scale", ".weight_scale_2", ".comfy_quant", ".scale_input"):
+        what = "a model in 'scaled fp8' form (separate scale tensors)"
+        return Kind("scaled_fp8", what, hint="use the bf16, fp16 or plain float8_e4m3fn file")
+    if names.has(".absmax") or names.contains(".quant_state.") or names.has(".qweight"):
+        return Kind("quantized", "a model quantised to 4 or 8 bits", hint="use the bf16 or fp16 file")
+    return None
+
+
+def _network(names: _Names) -> Kind | None:
+    def kind(name: str, description: str) -> Kind:
+        return Kind(name, description, ("network",), "give it as --network_weights or --base_weights")
+
+    if names.starts("lllite_unet"):
+        return kind("lllite", "a ControlNet-LLLite")
+    if names.starts("oft_unet", "oft_te") or names.has(".oft_blocks", ".oft_diag"):
+        return kind("oft", "an OFT network")
+    if names.has(".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".lokr_w2", ".on_input", ".diff", ".diff_b"):
+        return kind("lycoris", "a LyCORIS network")
+    if names.starts("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_transformer_"):
+        return kind("lora", "a LoRA (kohya format)")
+    if names.has(".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight"):
+        return kind("lora_diffusers", "a LoRA (Diffusers or PEFT format)")
+    return None
+
+
+def _embedding(names: _Names) -> Kind | None:
+    all_names = set(names.shapes)
+    if all_names in ({"emb_params"}, {"clip_l", "clip_g"}) or "string_to_param" in all_names or "IN01" in all_names:
+        what = "a textual inversion embedding"
+        return Kind("textual_inversion", what, ("textual_inversion",), "give it as --weights")
+    return None
+
+
+def _controlnet(names: _Names) -> Kind | None:
+    if names.has("input_hint_block.0.weight", "controlnet_cond_embedding.conv_in.weight") or names.starts(
+        "controlnet_blocks.", "controlnet_x_embedder.", "control_model.", "controlnet_mid_block."
+    ):
+        return Kind("controlnet", "a ControlNet", ("controlnet",))
+    return None
+
+
+def _flux(names: _Names) -> Kind | None:
+    if names.has("double_stream_modulation_img.lin.weight", "double_stream_modulation_img.linear.weight"):
+        return Kind("flux2", "a FLUX.2 transformer", hint="this project trains FLUX.1")
+    if names.contains("distilled_guidance_layer."):
+        return Kind("chroma", "a Chroma transformer", hint="this project trains FLUX.1-dev and -schnell")
+    if names.has("double_blocks.0.img_attn.norm.key_norm.scale"):
+        variant = "dev" if names.has("guidance_in.in_layer.weight") else "schnell"
+        if names.starts("text_encoders.", "vae."):
+            return Kind("flux", f"a FLUX.1-{variant} checkpoint with everything in it", ("flux", "flux_ae"))
+        return Kind("flux", f"a FLUX.1-{variant} transformer", ("flux",), "give it as --pretrained_model_name_or_path")
+    if names.has("transformer_blocks.0.attn.add_k_proj.weight") and names.starts("single_transformer_blocks."):
+        variant = "dev" if names.has("time_text_embed.guidance_embedder.linear_1.weight") else "schnell"
+        hint = "give its folder as --pretrained_model_name_or_path"
+        return Kind("flux_diffusers", f"a FLUX.1-{variant} transformer (Diffusers)", ("flux",), hint)
+    return None
+
+
+def _sd3(names: _Names) -> Kind | None:
+    if names.has("joint_blocks.0.context_block.attn.qkv.weight"):
+        version = "3.5" if names.has("joint_blocks.0.context_block.attn.ln_k.weight") else "3"
+        return Kind("sd3", f"an SD{version} checkpoint", ("sd3",), "use the sd3 scripts")
+    if names.has("transformer_blocks.0.attn.add_k_proj.weight") and names.has("pos_embed.proj.weight"):
+        return Kind("sd3_diffusers", "an SD3 transformer (Diffusers)", ("sd3",), "use the sd3 scripts")
+    return None
+
+
+def _stable_diffusion(names: _Names) -> Kind | None:
+    """Single files and U-Nets of SD 1.x, 2.x and SDXL, by the width of the text that they look at."""
+    xl = Kind("sdxl", "an SDXL checkpoint", ("sdxl", "sd_vae"), "use the sdxl scripts")
+    if names.has("input_blocks.1.0.in_layers.0.weight") or names.starts("cond_stage_model.", "conditioner."):
+        if names.starts("conditioner.embedders.1.") or names.has(_XL_CROSS):
+            return xl
+        if names.has("label_emb.0.0.weight") or names.starts("conditioner.embedders.0.model."):
+            return Kind("sdxl_refiner", "an SDXL refiner checkpoint", hint="it cannot be trained; use the base model")
+        version = "2.x" if names.starts("cond_stage_model.model.") or names.size(_SD_CROSS, 1) == 1024 else "1.x"
+        name = "sd2" if version == "2.x" else "sd1"
+        return Kind(name, f"an SD {version} checkpoint", ("sd", "sd_vae"), "use the scripts for SD")
+    if names.has("down_blocks.0.resnets.0.time_emb_proj.weight"):
+        if names.has("add_embedding.linear_1.weight"):
+            return Kind("sdxl_diffusers", "an SDXL U-Net (Diffusers)", ("sdxl",), "use the sdxl scripts")
+        return Kind("sd_diffusers", "an SD 1.x or 2.x U-Net (Diffusers)", ("sd",), "use the scripts for SD")
+    return None
+
+
+_XL_CROSS = "input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight"
+_SD_CROSS = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+
+
+def _vae(names: _Names) -> Kind | None:
+    if not names.has("decoder.conv_in.weight") or not names.has("encoder.conv_in.weight"):
+        return None
+    layout = " (Diffusers)" if names.has("decoder.up_blocks.0.resnets.0.conv1.weight") else ""
+    channels = names.size("decoder.conv_in.weight", 1)
+    if channels == 4:
+        return Kind("sd_vae", f"an SD or SDXL autoencoder{layout}", ("sd_vae",), "give it as --vae")
+    if channels == 16:
+        return Kind("flux_ae", f"a FLUX.1 or SD3 autoencoder{layout}", ("flux_ae",), "give it as --ae")
+    return Kind("vae", f"an autoencoder with {channels} latent channels{layout}")
+
+
+def _clip(names: _Names) -> Kind | None:
+    width = names.size("text_model.embeddings.token_embedding.weight", 1)
+    if width == 1280:
+        return Kind("clip_g", "a CLIP-G text encoder", ("clip_g",), "give it as --clip_g")
+    if width == 1024:
+        return Kind("clip_h", "a CLIP-H text encoder")
+    if width == 768:
+        return Kind("clip_l", "a CLIP-L text encoder", ("clip_l",), "give it as --clip_l")
+    if width:
+        return Kind("clip", "a CLIP text encoder", ("clip_l", "clip_g"), "give it as --clip_l")
+    if names.has("transformer.resblocks.0.attn.in_proj_weight"):
+        return Kind("open_clip", "an OpenCLIP model in its own format", hint="use the Hugging Face format")
+    if names.starts("vision_model.", "visual."):
+        return Kind("clip_vision", "a CLIP image encoder")
+    return None
+
+
+def _t5(names: _Names) -> Kind | None:
+    if not names.has("encoder.block.0.layer.0.SelfAttention.q.weight"):
+        return None
+    if names.has("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"):
+        return Kind("umt5", "a UMT5 text encoder", hint="FLUX and SD3 use T5-XXL v1.1")
+    if not names.has("encoder.block.0.layer.1.DenseReluDense.wi_0.weight"):
+        return Kind("t5_v1", "a T5 text encoder of version 1.0", hint="FLUX and SD3 use T5-XXL v1.1")
+    if names.has("decoder.block.0.layer.0.SelfAttention.q.weight"):
+        return Kind("t5_full", "a T5 model with its decoder", ("t5xxl",), "give it as --t5xxl")
+    return Kind("t5xxl", "a T5 text encoder", ("t5xxl",), "give it as --t5xxl")
+
+
+_RULES: tuple[Rule, ...] = (
+    _quantized,
+    _network,
+    _embedding,
+    _controlnet,
+    _flux,
+    _sd3,
+    _stable_diffusion,
+    _vae,
+    _clip,
+    _t5,
+)

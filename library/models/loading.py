@@ -1,0 +1,190 @@
+"""Checkpoints into models: built without data, then filled tensor by tensor, so that one copy is in memory at most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from library.files import Header, LazyTensors
+from library.log import DataError
+from library.models import autoencoder, clip, keymaps, t5
+from library.models.detect import ROLES, refusal
+from library.models.flux import Flux, FluxConfig
+from library.models.keymaps import Mapped, Recipes, mapped_shapes
+from library.models.locations import joint_header, locate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Model = TypeVar("Model", bound=nn.Module)
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def load_flux(
+    path: Path | str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    mmap: bool = True,
+    option: str = "--pretrained_model_name_or_path",
+) -> Flux:
+    """The FLUX.1 transformer of a BFL or ComfyUI file, a Diffusers folder, or the first of its shards.
+
+    Args:
+        dtype: of all weights; None keeps that of the file.
+        option: the option that gave the path, for messages.
+
+    Raises:
+        DataError: the file is something else, damaged, incomplete, or stored in a way that isn't understood.
+    """
+    with _opened(path, "flux", mmap, option) as tensors:
+        source = Mapped(tensors, flux_recipes(tensors.shapes))
+        shapes = mapped_shapes(tensors.shapes, source.recipes)
+        model = _empty(lambda: Flux(FluxConfig.from_shapes(shapes)))
+        return _fill(model, source, shapes, dtype, device)
+
+
+def load_autoencoder(
+    path: Path | str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    mmap: bool = True,
+    option: str = "--ae",
+) -> nn.Module:
+    """The image autoencoder of a file with LDM or Diffusers names, alone or in a full checkpoint. As `load_flux`."""
+    with _opened(path, "flux_ae", mmap, option) as tensors:
+        ldm = Mapped(tensors, vae_recipes(tensors.shapes))
+        ldm_shapes = mapped_shapes(tensors.shapes, ldm.recipes)
+        source = Mapped(ldm, keymaps.vae_to_diffusers(ldm_shapes))
+        model = _empty(lambda: autoencoder.build_autoencoder(ldm_shapes))
+        return _fill(model, source, mapped_shapes(ldm_shapes, source.recipes), dtype, device)
+
+
+def load_clip(
+    path: Path | str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    mmap: bool = True,
+    option: str = "--clip_l",
+) -> nn.Module:
+    """The CLIP-L text encoder of a file with Hugging Face names. As `load_flux`."""
+    with _opened(path, "clip_l", mmap, option) as tensors:
+        file = Mapped(tensors, keymaps.clip_text(tensors.shapes))
+        shapes = mapped_shapes(tensors.shapes, file.recipes)
+        model = _empty(lambda: clip.build_clip(shapes))
+        source = Mapped(file, clip.clip_keys(model, shapes))
+        model = _fill(model, source, mapped_shapes(shapes, source.recipes), dtype, device)
+        clip.restore_positions(model)
+        return model
+
+
+def load_t5(
+    path: Path | str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    mmap: bool = True,
+    option: str = "--t5xxl",
+) -> nn.Module:
+    """The T5 encoder of a file with Hugging Face names. As `load_flux`."""
+    with _opened(path, "t5xxl", mmap, option) as tensors:
+        source = Mapped(tensors, keymaps.t5_encoder(tensors.shapes))
+        shapes = mapped_shapes(tensors.shapes, source.recipes)
+        return _fill(_empty(lambda: t5.build_t5(shapes)), source, shapes, dtype, device)
+
+
+def flux_header(path: Path | str, option: str = "--pretrained_model_name_or_path") -> Header:
+    """Names, shapes and metadata of a FLUX.1 transformer, names as in its files; nothing else is read."""
+    return joint_header(locate(path, option, ROLES["flux"].folders), option)
+
+
+def flux_recipes(shapes: Shapes) -> Recipes:
+    """BFL layout from any of the layouts in which FLUX.1 comes."""
+    if "transformer_blocks.0.attn.add_k_proj.weight" in shapes:
+        return keymaps.flux_from_diffusers(shapes)
+    return _unprefixed(shapes, keymaps.FLUX_PREFIXES, "img_in.weight")
+
+
+def vae_recipes(shapes: Shapes) -> Recipes:
+    """LDM layout from any of the layouts in which autoencoders come."""
+    recipes = _unprefixed(shapes, keymaps.VAE_PREFIXES, "decoder.conv_in.weight")
+    if "decoder.up_blocks.0.resnets.0.conv1.weight" in recipes:
+        return keymaps.vae_from_diffusers(recipes)
+    return recipes
+
+
+def _unprefixed(shapes: Shapes, prefixes: Iterable[str], known: str) -> Recipes:
+    """The tensors below the prefix at which the tensor `known` lies."""
+    prefix = next((prefix for prefix in prefixes if prefix + known in shapes), "")
+    return keymaps.without_prefix(shapes, prefix)
+
+
+@contextmanager
+def _opened(path: Path | str, role: str, mmap: bool, option: str) -> Iterator[LazyTensors]:
+    """The tensors of a file that can play `role`; errors inside the block come out naming option and path."""
+    paths = locate(path, option, ROLES[role].folders)
+    found = joint_header(paths, option)
+    if problem := refusal(found, path, option, role):
+        raise DataError(problem.what, problem.where, problem.hint, code=problem.code)
+    with LazyTensors(paths, mmap) as tensors:
+        try:
+            yield tensors
+        except DataError as error:
+            raise DataError(error.what, f"{option} {path}", error.hint, code=error.code) from None
+
+
+def _empty(build: Callable[[], Model]) -> Model:
+    """A model without data."""
+    with torch.device("meta"):
+        return build()
+
+
+def _fill(
+    model: Model, tensors: Mapped, shapes: Shapes, dtype: torch.dtype | None, device: torch.device | str
+) -> Model:
+    """The model with the tensors in place of its empty ones; aliases of one tensor stay one."""
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    places = {names[0]: names for names in aliases.values()}
+    _compare({name: tuple(cast(Tensor, model.get_parameter(name)).shape) for name in places}, shapes)
+    for name in tensors:
+        value = tensors[name].detach().to(device=device, dtype=dtype, copy=True)
+        parameter = nn.Parameter(value, requires_grad=value.is_floating_point())
+        for alias in places[name]:
+            owner, _, leaf = alias.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, parameter)
+    return model
+
+
+def _compare(wanted: Shapes, given: Shapes) -> None:
+    """Errors: DataError, in one line, when names or shapes differ."""
+    differences = [
+        _listed([name for name in wanted if name not in given], "missing"),
+        _listed([name for name in given if name not in wanted], "unexpected"),
+        _listed(
+            [
+                f"{name} {list(given[name])} instead of {list(shape)}"
+                for name, shape in wanted.items()
+                if name in given and tuple(given[name]) != tuple(shape)
+            ],
+            "of a wrong shape",
+        ),
+    ]
+    found = [difference for difference in differences if difference]
+    if found:
+        what = f"the tensors do not fit: {'; '.join(found)}"
+        raise DataError(what, hint="the file is incomplete or of another kind", code="E-MODEL-KEYS")
+
+
+def _listed(names: list[str], what: str) -> str:
+    if not names:
+        return ""
+    return f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

@@ -1,0 +1,936 @@
+"""All options, in groups of one concern each, and which script accepts which groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.option_types import Script, option, options_of
+
+# every script
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsoleOptions:
+    """Log output."""
+
+    console_log_level: str | None = option(
+        help="least severe messages shown; INFO when not given",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+    )
+    console_log_file: str | None = option(
+        help="write messages into this file, replacing it, instead of the terminal, which still shows errors that end "
+        "the program"
+    )
+    console_log_simple: bool = option(False, help="plain lines on stdout instead of coloured ones on stderr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigFileOptions:
+    """Options from a file."""
+
+    config_file: str | None = option(
+        help="TOML file with options, without dashes, flat or in tables whose names mean nothing; .toml may be left "
+        "out. The command line wins; --no_<flag> switches off a flag that the file switches on. Files and folders to "
+        "read may be relative to the working directory or, failing that, to the file's folder; outputs are relative to "
+        "the working directory"
+    )
+    output_config: bool = option(
+        False,
+        help="write the given options that differ from their defaults to --config_file, which must not exist yet, and "
+        "end; tokens and keys are left out",
+    )
+
+
+# models
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Model."""
+
+    pretrained_model_name_or_path: str | None = option(
+        path=True,
+        help="base model; for FLUX the transformer as one safetensors file, or a folder in the Diffusers layout",
+    )
+    tokenizer_cache_dir: str | None = option(
+        path=True,
+        help="folder with tokenizers, each in a sub-folder named like its hub repository with / replaced by _; "
+        "without it they are looked for beside the text encoder files",
+    )
+    disable_mmap_load_safetensors: bool = option(
+        False,
+        help="read model files the ordinary way instead of mapping them into memory; faster on some network drives",
+    )
+    lowram: bool = option(False, help="load models directly onto the GPU, for computers with little memory")
+    highvram: bool = option(
+        False, help="keep the GPU memory of one caching step for the next, for GPUs with much memory"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LegacySDOptions:
+    """Stable Diffusion 1.x, 2.x and SDXL."""
+
+    v2: bool = option(False, help="the model is Stable Diffusion 2.x")
+    v_parameterization: bool = option(False, help="the model predicts velocity instead of noise")
+    clip_skip: int | None = option(
+        help="use the text encoder's hidden state this many layers from the end (1 is the last)"
+    )
+    max_token_length: int | None = option(
+        choices=(None, 75, 150, 225), help="tokens per caption, encoded in chunks of 75; 75 when not given"
+    )
+    vae: str | None = option(path=True, help="autoencoder to use instead of the model's own; for FLUX use --ae")
+    zero_terminal_snr: bool = option(False, help="rescale the noise schedule so that its last step is pure noise")
+    weighted_captions: bool = option(False, help="(word), (word:1.2) and [word] in captions change the words' weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaePrecisionOptions:
+    """Precision of the autoencoder."""
+
+    no_half_vae: bool = option(
+        False, help="run the autoencoder in float32; slower, but safe where it overflows in half precision"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxOptions:
+    """FLUX.1."""
+
+    clip_l: str | None = option(path=True, help="CLIP-L text encoder, a safetensors file")
+    t5xxl: str | None = option(path=True, help="T5-XXL text encoder, a safetensors file; fp8 files (e4m3) work, too")
+    ae: str | None = option(path=True, help="autoencoder of FLUX, a safetensors file")
+    t5xxl_max_token_length: int | None = option(
+        help="tokens for T5; 512 for FLUX.1-dev and 256 for FLUX.1-schnell when not given"
+    )
+    apply_t5_attn_mask: bool = option(
+        False, help="hide padding tokens from T5 and from the transformer's attention; cached text outputs must match"
+    )
+    guidance_scale: float = option(
+        3.5,
+        help="guidance that FLUX.1-dev embeds, during training; 1.0 is usual for training; schnell has none",
+    )
+    timestep_sampling: str = option(
+        "sigma",
+        choices=("sigma", "uniform", "sigmoid", "shift", "flux_shift"),
+        help="how noise levels are drawn: sigma (by --weighting_scheme, then shifted), uniform, sigmoid of a normal "
+        "variable, shift (sigmoid, then --discrete_flow_shift), flux_shift (sigmoid, then a shift that grows with the "
+        "image)",
+    )
+    sigmoid_scale: float = option(1.0, help="factor on the normal variable of sigmoid, shift and flux_shift")
+    model_prediction_type: str = option(
+        "sigma_scaled",
+        choices=("raw", "additive", "sigma_scaled"),
+        help="what the output is compared as: raw (velocity, usual for FLUX), additive (output + noisy latents), "
+        "sigma_scaled (noisy latents - sigma x output, with the loss weight of --weighting_scheme)",
+    )
+    discrete_flow_shift: float = option(3.0, help="shift of the noise levels with --timestep_sampling sigma and shift")
+    model_type: str = option("flux", choices=("flux", "chroma"), help="kind of model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowDensityOptions:
+    """Density and weight of noise levels."""
+
+    weighting_scheme: str = option(
+        "none",
+        choices=("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"),
+        help="density of the noise levels (logit_normal, mode; with --timestep_sampling sigma) or loss weight "
+        "(sigma_sqrt, cosmap; with --model_prediction_type sigma_scaled)",
+    )
+    logit_mean: float = option(0.0, help="mean of logit_normal")
+    logit_std: float = option(1.0, help="standard deviation of logit_normal")
+    mode_scale: float = option(1.29, help="shape of mode")
+
+
+# dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions:
+    """Dataset."""
+
+    dataset_config: Path | None = option(  # noqa: RUF009
+        path=True,
+        help="TOML or JSON file that describes the datasets; its values win over the dataset options here, and "
+        "--train_data_dir is not used",
+    )
+    dataset_class: str | None = option(help="own dataset class, package.module.Class, instead of all dataset options")
+    train_data_dir: str | None = option(
+        path=True, help="folder with image folders named <repeats>_<words>, or with the images of --in_json"
+    )
+    reg_data_dir: str | None = option(
+        path=True, help="folder with regularization images, laid out like --train_data_dir"
+    )
+    in_json: str | None = option(
+        path=True, help="metadata file with captions and tags for the images of --train_data_dir"
+    )
+    dataset_repeats: int = option(1, help="repeats of each image per epoch, where the dataset doesn't say it")
+    conditioning_data_dir: str | None = option(
+        path=True, help="folder with conditioning images, which have the names of the training images"
+    )
+    resolution: str | None = option(
+        example="1024 or 768,1152", help='area to train at, "size" or "width,height" in pixels'
+    )
+    train_batch_size: int = option(1, help="images per step and GPU")
+    enable_bucket: bool = option(
+        False,
+        help="train each image in a size of its own shape and about the area of --resolution instead of cropping all",
+    )
+    min_bucket_reso: int = option(256, help="least side of a bucket in pixels; not used with --bucket_no_upscale")
+    max_bucket_reso: int = option(1024, help="greatest side of a bucket in pixels; not used with --bucket_no_upscale")
+    bucket_reso_steps: int = option(64, help="sides of buckets are multiples of this, at least 16 for FLUX")
+    bucket_no_upscale: bool = option(False, help="never enlarge images; buckets follow the image sizes")
+    resize_interpolation: str | None = option(
+        choices=("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"),
+        help="how images are resized; area for smaller and lanczos for larger when not given",
+    )
+    flip_aug: bool = option(False, help="mirror images at random; cached latents hold both")
+    color_aug: bool = option(False, help="change hue or brightness a little at random; not with cached latents")
+    random_crop: bool = option(False, help="crop at a random place instead of the centre; not with cached latents")
+    face_crop_aug_range: str | None = option(
+        example="2.0,4.0",
+        help='crop around faces, "min,max" in multiples of the face size; needs face positions in file names',
+    )
+    alpha_mask: bool = option(False, help="use the images' transparency as mask of the loss")
+    debug_dataset: bool = option(False, help="show the batches instead of training")
+    cache_info: bool = option(False, help="remember image sizes and captions in metadata_cache.json for faster starts")
+    skip_bad_images: bool = option(False, help="leave out images that can't be read instead of stopping")
+    ignore_exif_orientation: bool = option(False, help="don't turn images as their EXIF data say")
+    allow_missing_captions: bool = option(
+        False, help="warn instead of stop when images have no caption; the folder's words, or nothing, stand for it"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionOptions:
+    """Captions."""
+
+    caption_extension: str = option(".caption", help="suffix of caption files", example=".txt")
+    caption_extention: str | None = option(help="other spelling of --caption_extension, which it replaces")
+    caption_prefix: str | None = option(help="text put before each caption, with a space")
+    caption_suffix: str | None = option(help="text put after each caption, with a space")
+    caption_separator: str = option(",", help="what separates the tags of a caption")
+    shuffle_caption: bool = option(False, help="shuffle the tags each time; not with cached text encoder outputs")
+    keep_tokens: int = option(0, help="the first N tags are neither shuffled nor dropped")
+    keep_tokens_separator: str = option(
+        "", help="marker in captions: tags before it are kept in place, and so are those after a second one"
+    )
+    secondary_separator: str | None = option(help="marker that holds tags together while shuffling and dropping")
+    enable_wildcard: bool = option(False, help="{a|b} picks one at random; of several lines one is picked")
+    token_warmup_min: int = option(1, help="number of tags that are used at first")
+    token_warmup_step: float = option(
+        0, help="step at which all tags are in use; below 1 a share of the run; 0 uses all from the start"
+    )
+    caption_dropout_rate: float = option(0.0, help="probability of leaving out the whole caption")
+    caption_dropout_every_n_epochs: int = option(0, help="leave out all captions in every Nth epoch")
+    caption_tag_dropout_rate: float = option(0.0, help="probability of leaving out a tag")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """Cached latents."""
+
+    cache_latents: bool = option(
+        False, help="encode the images once before training; not with --color_aug, --random_crop"
+    )
+    cache_latents_to_disk: bool = option(
+        False, help="store latents beside the images for later runs; implies --cache_latents"
+    )
+    vae_batch_size: int = option(1, help="images encoded at once")
+    skip_cache_check: bool = option(False, help="trust cache files that exist without looking into them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextCacheOptions:
+    """Cached text encoder outputs."""
+
+    cache_text_encoder_outputs: bool = option(
+        False,
+        help="encode the captions once before training and drop the text encoders; not with --shuffle_caption or "
+        "caption dropout; a text encoder that is trained stays in use",
+    )
+    cache_text_encoder_outputs_to_disk: bool = option(
+        False, help="store text encoder outputs beside the images for later runs; implies --cache_text_encoder_outputs"
+    )
+    text_encoder_batch_size: int | None = option(help="captions encoded at once; --train_batch_size when not given")
+
+
+# length, precision, memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthOptions:
+    """Length of the run."""
+
+    max_train_steps: int = option(
+        1600, help="number of optimizer steps in all; when --max_train_epochs is given, too, the smaller limit counts"
+    )
+    max_train_epochs: int | None = option(
+        help="number of epochs in all; alone it replaces the default of --max_train_steps"
+    )
+    gradient_accumulation_steps: int = option(
+        1, help="batches per optimizer step; the step counts below and --max_train_steps count optimizer steps"
+    )
+    seed: int | None = option(help="number that decides all randomness; drawn and reported when not given")
+    max_data_loader_n_workers: int = option(8, help="processes that read data, at most one per CPU core; 0 for none")
+    persistent_data_loader_workers: bool = option(False, help="keep those processes between epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionOptions:
+    """Precision."""
+
+    mixed_precision: str = option(
+        "no",
+        choices=("no", "fp16", "bf16"),
+        help="type for computing and for the parts that are not trained; bf16 is usual for FLUX",
+    )
+    full_fp16: bool = option(False, help="hold what is trained in fp16, too; needs --mixed_precision fp16")
+    full_bf16: bool = option(False, help="hold what is trained in bf16, too; needs --mixed_precision bf16")
+    fp8_base: bool = option(
+        False, help="hold the parts that are not trained in fp8; needs --mixed_precision fp16 or bf16"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """Memory and speed."""
+
+    gradient_checkpointing: bool = option(
+        False, help="compute activations again in the backward pass instead of keeping them: slower, far less memory"
+    )
+    xformers: bool = option(False, help="attention of the xformers package")
+    sdpa: bool = option(False, help="attention of torch; FLUX always uses it")
+    mem_eff_attn: bool = option(False, help="attention in slices")
+    torch_compile: bool = option(False, help="compile the model")
+    dynamo_backend: str = option(
+        "inductor",
+        choices=(
+            *(
+                "no",
+                "eager",
+                "aot_eager",
+                "inductor",
+                "aot_ts_nvfuser",
+                "nvprims_nvfuser",
+                "cudagraphs",
+                "ofi",
+                "fx2trt",
+            ),
+            *("onnxrt", "tensorrt", "tensort", "ipex", "tvm"),
+        ),
+        help="compiler used with --torch_compile",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadOptions:
+    """Use of CPU memory."""
+
+    cpu_offload_checkpointing: bool = option(
+        False, help="keep checkpointed activations in CPU memory; with --gradient_checkpointing"
+    )
+    blocks_to_swap: int | None = option(help="number of transformer blocks kept in CPU memory and fetched when needed")
+
+
+# optimizer, schedule, loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """Optimizer."""
+
+    optimizer_type: str = option(
+        "",
+        example="AdamW8bit, Adafactor, Lion, Prodigy, AdamWScheduleFree",
+        help="optimizer, capitals don't matter, or package.module.Class; AdamW when empty",
+    )
+    optimizer_args: tuple[str, ...] | None = option(
+        example="weight_decay=0.01 betas=(0.9,0.99)", help="arguments of the optimizer as name=value"
+    )
+    use_8bit_adam: bool = option(False, help="old spelling of --optimizer_type AdamW8bit; not together with it")
+    use_lion_optimizer: bool = option(False, help="old spelling of --optimizer_type Lion; not together with it")
+    learning_rate: float = option(2e-6, help="learning rate; about 1.0 for D-adaptation and Prodigy", example="1e-4")
+    max_grad_norm: float = option(1.0, help="gradients are scaled down to this norm; 0 for no limit")
+    fused_backward_pass: bool = option(
+        False,
+        help="update each parameter during the backward pass, which saves memory; needs Adafactor and "
+        "--gradient_accumulation_steps 1",
+    )
+    stop_on_nonfinite: int = option(
+        3, help="stop after this many steps in a row whose loss or gradients are not finite; 0 never stops"
+    )
+    allow_custom_modules: bool = option(
+        False, help="let --config_file name networks, optimizers and schedulers that are not known; they run as code"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """Learning rate schedule."""
+
+    lr_scheduler: str = option(
+        "constant",
+        help="constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, inverse_sqrt, "
+        "cosine_with_min_lr, warmup_stable_decay, piecewise_constant or adafactor; schedule-free optimizers use none",
+    )
+    lr_scheduler_type: str = option(
+        "", help="scheduler class of torch.optim.lr_scheduler, or package.module.Class, instead of --lr_scheduler"
+    )
+    lr_scheduler_args: tuple[str, ...] | None = option(
+        help="arguments of the scheduler as name=value", example="T_max=100"
+    )
+    lr_scheduler_num_cycles: int = option(
+        1, help="restarts of cosine_with_restarts; halves of a cosine for cosine_with_min_lr and warmup_stable_decay"
+    )
+    lr_scheduler_power: float = option(1, help="exponent of polynomial")
+    lr_scheduler_timescale: int | None = option(help="time scale of inverse_sqrt; the warm-up steps when not given")
+    lr_scheduler_min_lr_ratio: float | None = option(
+        help="least learning rate as a share of the full one, for cosine_with_min_lr and warmup_stable_decay"
+    )
+    lr_warmup_steps: int | float = option(
+        0, help="steps over which the rate grows from 0, or a share of the run", example="100, 0.1 or 10%"
+    )
+    lr_decay_steps: int | float = option(
+        0, help="steps over which warmup_stable_decay lets the rate fall at the end, or a share of the run"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """Loss."""
+
+    loss_type: str = option("l2", choices=("l1", "l2", "huber", "smooth_l1"), help="how deviations are counted")
+    huber_schedule: str = option(
+        "snr",
+        choices=("constant", "exponential", "snr"),
+        help="how the limit of huber and smooth_l1 depends on the noise level; FLUX has no snr",
+    )
+    huber_c: float = option(0.1, help="limit of huber and smooth_l1, from where on deviations count linearly")
+    huber_scale: float = option(1.0, help="factor on that limit, for the schedules constant and exponential")
+    masked_loss: bool = option(False, help="weigh the loss by masks: conditioning images or the images' transparency")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorLossOptions:
+    """Regularization images."""
+
+    prior_loss_weight: float = option(1.0, help="weight of the loss of regularization images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnrOptions:
+    """Loss weights of Stable Diffusion."""
+
+    min_snr_gamma: float | None = option(help="limit of the signal-to-noise weight of the loss", example="5")
+    debiased_estimation_loss: bool = option(False, help="divide the loss by the root of the signal-to-noise ratio")
+    scale_v_pred_loss_like_noise_pred: bool = option(False, help="weigh a velocity loss like a noise loss")
+    v_pred_like_loss: float | None = option(help="add this share of a velocity-like loss to a noise loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseOptions:
+    """Noise."""
+
+    noise_offset: float | None = option(help="strength of noise that is constant over each channel")
+    noise_offset_random_strength: bool = option(False, help="draw that strength between 0 and --noise_offset")
+    adaptive_noise_scale: float | None = option(help="add the latents' mean times this to --noise_offset")
+    multires_noise_iterations: int | None = option(help="number of coarser levels of noise that are added")
+    multires_noise_discount: float = option(0.3, help="strength of each level relative to the finer one")
+    ip_noise_gamma: float | None = option(
+        help="strength of extra noise on the input that the target doesn't know of", example="0.1"
+    )
+    ip_noise_gamma_random_strength: bool = option(False, help="draw that strength between 0 and --ip_noise_gamma")
+    min_timestep: int | None = option(
+        help="least timestep trained, of 0 to 1000 (0 is without noise); 0 when not given"
+    )
+    max_timestep: int | None = option(help="limit of the timesteps trained; 1000 when not given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationOptions:
+    """Validation."""
+
+    validation_split: float = option(0.0, help="share of the training images that is kept apart for validation")
+    validation_seed: int | None = option(help="number that decides which images; --seed when not given")
+    validate_every_n_steps: int | None = option(help="validate every N steps; after each epoch when not given")
+    validate_every_n_epochs: int | None = option(help="validate every N epochs")
+    max_validation_steps: int | None = option(help="greatest number of batches per validation")
+
+
+# output
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveOptions:
+    """Saving."""
+
+    output_dir: str | None = option(help="folder for models, states and sample images; made when missing")
+    output_name: str | None = option(help="name of the files without suffix", example="my_lora")
+    save_precision: str | None = option(
+        choices=(None, "float", "fp16", "bf16"), help="type of the saved weights; as trained when not given"
+    )
+    save_every_n_epochs: int | None = option(help="save every N epochs")
+    save_every_n_steps: int | None = option(help="save every N steps")
+    save_n_epoch_ratio: int | None = option(help="save about N times over the run, instead of --save_every_n_epochs")
+    save_last_n_epochs: int | None = option(
+        help="of the files saved by epoch keep those of the last N epochs and delete older ones"
+    )
+    save_last_n_steps: int | None = option(
+        help="of the files saved by step keep those of the last N steps and delete older ones"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullSaveOptions:
+    """Format of saved models."""
+
+    save_model_as: str | None = option(
+        choices=(None, "ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
+        help="format of the saved model; FLUX models are always safetensors in the original layout",
+    )
+    use_safetensors: bool = option(False, help="save as safetensors when --save_model_as is not given")
+    mem_eff_save: bool = option(False, help="write the model tensor by tensor, to need less memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateOptions:
+    """States to resume from."""
+
+    save_state: bool = option(
+        False, help="save all that is needed to go on, whenever a model is saved and at the end; needs much disk"
+    )
+    save_state_on_train_end: bool = option(False, help="save such a state at the end only")
+    save_last_n_epochs_state: int | None = option(help="like --save_last_n_epochs, for states")
+    save_last_n_steps_state: int | None = option(help="like --save_last_n_steps, for states")
+    resume: str | None = option(
+        path=True, help="state folder to go on from, exactly where it stopped; --max_train_steps still means the total"
+    )
+    resume_from_huggingface: bool = option(
+        False, help="--resume names a place on the hub: user/repository/path, with :revision and :type if need be"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """Upload to the Hugging Face hub."""
+
+    huggingface_repo_id: str | None = option(
+        help="repository to upload saved files to; made when missing", example="me/lora"
+    )
+    huggingface_repo_type: str | None = option(help="type of the repository; model when not given")
+    huggingface_path_in_repo: str | None = option(help="folder in the repository")
+    huggingface_token: str | None = option(
+        secret="HF_TOKEN",
+        help="access token, never stored; better given in the environment variable HF_TOKEN or by logging in once",
+    )
+    huggingface_repo_visibility: str | None = option(help="public for a public repository; private otherwise")
+    save_state_to_huggingface: bool = option(False, help="upload states, too")
+    async_upload: bool = option(False, help="go on training while files are uploaded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetadataOptions:
+    """Metadata in saved models."""
+
+    metadata_title: str | None = option(help="title; --output_name when not given")
+    metadata_author: str | None = option(help="author")
+    metadata_description: str | None = option(help="description")
+    metadata_license: str | None = option(help="license")
+    metadata_tags: str | None = option(help="tags, separated by commas")
+    metadata_usage_hint: str | None = option(help="how to use the model")
+    metadata_trigger_phrase: str | None = option(help="words that bring out what was trained")
+    metadata_preprocessor: str | None = option(help="how the training images were prepared")
+    metadata_merged_from: str | None = option(help="models this one was merged from")
+    metadata_is_negative_embedding: str | None = option(help="whether it is an embedding for negative prompts")
+    metadata_thumbnail: str | None = option(path=True, help="image file that is put into the metadata")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerOptions:
+    """Progress records."""
+
+    logging_dir: str | None = option(
+        help="folder for TensorBoard logs; each run gets a folder named by --log_prefix and the time"
+    )
+    log_with: str | None = option(
+        choices=("tensorboard", "wandb", "all"),
+        help="where losses and rates are recorded; tensorboard with --logging_dir",
+    )
+    log_prefix: str | None = option(help="begin of the name of the run's folder in --logging_dir")
+    log_tracker_name: str | None = option(help="name of the project in the records")
+    log_tracker_config: str | None = option(path=True, help="TOML file with arguments for starting the trackers")
+    wandb_run_name: str | None = option(help="name of the run at wandb")
+    wandb_api_key: str | None = option(
+        secret="WANDB_API_KEY",
+        help="key for wandb, never stored; better given in the environment variable WANDB_API_KEY or by logging in",
+    )
+    log_config: bool = option(False, help="record the options, without secrets and folders")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Sample images during training."""
+
+    sample_prompts: str | None = option(
+        path=True, help="file with prompts (.txt, .toml or .json); images go to the folder sample in --output_dir"
+    )
+    sample_every_n_steps: int | None = option(help="make sample images every N steps")
+    sample_every_n_epochs: int | None = option(help="make sample images every N epochs, instead of every N steps")
+    sample_at_first: bool = option(False, help="make sample images before the first step, too")
+    sample_sampler: str = option(
+        "ddim",
+        choices=(
+            *("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++"),
+            *("dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"),
+        ),
+        help="sampler for prompts that don't name one",
+    )
+
+
+# several processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedOptions:
+    """Several GPUs."""
+
+    ddp_timeout: int | None = option(
+        help="minutes until processes give up waiting for each other; raise it for long caching"
+    )
+    ddp_gradient_as_bucket_view: bool = option(False, help="gradient_as_bucket_view of DistributedDataParallel")
+    ddp_static_graph: bool = option(False, help="static_graph of DistributedDataParallel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedOptions:
+    """DeepSpeed."""
+
+    deepspeed: bool = option(False, help="train with DeepSpeed")
+    zero_stage: int = option(2, choices=(0, 1, 2, 3), help="what is split over the processes")
+    offload_optimizer_device: str | None = option(choices=(None, "cpu", "nvme"), help="where optimizer states are kept")
+    offload_optimizer_nvme_path: str | None = option(help="folder on an NVMe drive for optimizer states")
+    offload_param_device: str | None = option(choices=(None, "cpu", "nvme"), help="where parameters are kept")
+    offload_param_nvme_path: str | None = option(help="folder on an NVMe drive for parameters")
+    zero3_init_flag: bool = option(False, help="build the model in pieces (stage 3)")
+    zero3_save_16bit_model: bool = option(False, help="save 16-bit weights (stage 3)")
+    fp16_master_weights_and_gradients: bool = option(
+        False, help="hold master weights and gradients in fp16; stage 2 with optimizer states on the CPU"
+    )
+
+
+# what is trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """Network."""
+
+    network_module: str | None = option(
+        example="networks.lora_flux",
+        help="module of the network to train; other packages' such as lycoris.kohya work, too",
+    )
+    network_weights: str | None = option(path=True, help="network file to go on training")
+    network_dim: int | None = option(help="rank; 4 when not given", example="16")
+    network_alpha: float = option(1, help="the network's output is scaled by alpha / rank")
+    network_dropout: float | None = option(help="probability of leaving out elements within the network while training")
+    network_args: tuple[str, ...] | None = option(
+        example="train_blocks=single rank_dropout=0.1", help="settings of the network module as name=value"
+    )
+    network_train_unet_only: bool = option(False, help="train the transformer (or U-Net) part only")
+    network_train_text_encoder_only: bool = option(False, help="train the text encoder part only")
+    dim_from_weights: bool = option(False, help="take ranks and alphas from --network_weights instead of --network_dim")
+    base_weights: tuple[str, ...] | None = option(path=True, help="network files merged into the model before training")
+    base_weights_multiplier: tuple[float, ...] | None = option(help="their strengths; 1.0 for those that are missing")
+    scale_weight_norms: float | None = option(
+        help="after each step scale down network weights whose norm exceeds this", example="1.0"
+    )
+    unet_lr: float | None = option(
+        help="learning rate of the transformer (or U-Net) part; --learning_rate when not given"
+    )
+    text_encoder_lr: tuple[float, ...] | None = option(
+        help="learning rate of the text encoder part, or one per encoder (CLIP-L, T5); --learning_rate when not given"
+    )
+    no_metadata: bool = option(False, help="store only what is needed to use the network in the file's metadata")
+    training_comment: str | None = option(help="comment stored in the file's metadata")
+    initial_epoch: int | None = option(help="epoch to start at, from 1; a resumed state knows it")
+    initial_step: int | None = option(
+        help="number of steps that count as done, over all epochs; wins over --initial_epoch; a resumed state knows it"
+    )
+    skip_until_initial_step: bool = option(
+        False, help="start within the epoch at the place that belongs to --initial_step instead of at an epoch's begin"
+    )
+    save_model_as: str | None = option(
+        "safetensors",
+        choices=(None, "ckpt", "pt", "safetensors"),
+        help="format of the saved network; always safetensors",
+    )
+    fp8_base_unet: bool = option(False, help="like --fp8_base, but the text encoders stay as they are")
+    split_mode: bool = option(False, help="old way to save memory: keep half of the transformer on the GPU at a time")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxFullOptions:
+    """Fine-tuning of FLUX.1."""
+
+    double_blocks_to_swap: int | None = option(help="old spelling of --blocks_to_swap for double blocks")
+    single_blocks_to_swap: int | None = option(help="old spelling of --blocks_to_swap for single blocks")
+    blockwise_fused_optimizers: bool = option(
+        False, help="one optimizer per transformer block, stepped during the backward pass, which saves memory"
+    )
+    fused_optimizer_groups: int | None = option(
+        help="number of parameter groups that are stepped during the backward pass"
+    )
+    skip_latents_validity_check: bool = option(False, help="old spelling of --skip_cache_check")
+
+
+# tools
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheToolOptions:
+    """Caching."""
+
+    flux: bool = option(False, help="the cache is for FLUX.1")
+    sdxl: bool = option(False, help="the cache is for SDXL")
+    skip_existing: bool = option(
+        False, help="leave files alone that exist; they are always checked, and right ones kept"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5DtypeOptions:
+    """Precision of T5."""
+
+    t5xxl_dtype: str | None = option(help="type for T5; --mixed_precision when not given", example="bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxInferenceOptions:
+    """Image generation with FLUX.1."""
+
+    ckpt_path: str = option(required=True, path=True, help="transformer of FLUX.1, a safetensors file")
+    clip_l: str | None = option(path=True, help="CLIP-L text encoder, a safetensors file")
+    t5xxl: str | None = option(path=True, help="T5-XXL text encoder, a safetensors file")
+    ae: str | None = option(path=True, help="autoencoder of FLUX, a safetensors file")
+    apply_t5_attn_mask: bool = option(False, help="hide padding tokens from T5 and from the transformer's attention")
+    prompt: str = option("A photo of a cat", help="what to show; several words in quotes")
+    negative_prompt: str | None = option(help="what not to show; used with --cfg_scale above 1")
+    output_dir: str = option(".", help="folder for the images")
+    width: int = option(1360, help="width in pixels, rounded to a multiple of 16")
+    height: int = option(768, help="height in pixels, rounded to a multiple of 16")
+    steps: int | None = option(help="number of steps; 4 for FLUX.1-schnell and 50 for FLUX.1-dev when not given")
+    seed: int | None = option(help="number that decides the image; drawn when not given")
+    guidance: float = option(3.5, help="guidance that FLUX.1-dev embeds")
+    cfg_scale: float = option(1.0, help="classifier-free guidance towards the prompt and away from --negative_prompt")
+    dtype: str = option(
+        "bfloat16", help="type of all parts that have none of their own", example="bf16, fp16 or float32"
+    )
+    clip_l_dtype: str | None = option(help="type of CLIP-L")
+    t5xxl_dtype: str | None = option(help="type of T5")
+    ae_dtype: str | None = option(help="type of the autoencoder")
+    flux_dtype: str | None = option(help="type of the transformer")
+    offload: bool = option(False, help="keep parts on the CPU until they are needed")
+    lora_weights: tuple[str, ...] = option(
+        (), help="network files to apply, each with its strength after a semicolon", example='"lora.safetensors;0.8"'
+    )
+    merge_lora_weights: bool = option(False, help="merge the networks into the model instead of running them beside it")
+    interactive: bool = option(False, help="ask for prompts until an empty one")
+    model_type: str = option("flux", choices=("flux", "chroma"), help="kind of model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceExtraOptions:
+    """Tokenizers."""
+
+    tokenizer_cache_dir: str | None = option(
+        path=True,
+        help="folder with tokenizers, each in a sub-folder named like its hub repository with / replaced by _",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowMetadataOptions:
+    """Metadata."""
+
+    model: str = option(required=True, help="safetensors file")
+
+
+# which options are not used where
+
+_DATASET_PENDING = {
+    "reg_data_dir": "regularization images come later; leave it out",
+    "in_json": "metadata files come later; use caption files and --train_data_dir or --dataset_config",
+    "dataset_class": "own dataset classes come later; use --dataset_config",
+    "conditioning_data_dir": "conditioning images come later",
+    "alpha_mask": "masks come later",
+    "color_aug": "changing colours comes later",
+    "random_crop": "random crops come later",
+    "face_crop_aug_range": "crops around faces come later",
+    "cache_info": "it comes later; starts are a little slower without it",
+    "debug_dataset": "showing batches comes later",
+    "shuffle_caption": "shuffling captions comes later",
+    "keep_tokens": "shuffling captions comes later",
+    "keep_tokens_separator": "shuffling captions comes later",
+    "secondary_separator": "shuffling captions comes later",
+    "enable_wildcard": "wildcards come later",
+    "token_warmup_step": "tag warm-up comes later",
+    "token_warmup_min": "tag warm-up comes later",
+    "caption_separator": "it matters only for shuffling captions, which comes later; leave it out",
+    "caption_dropout_rate": "caption dropout comes later",
+    "caption_dropout_every_n_epochs": "caption dropout comes later",
+    "caption_tag_dropout_rate": "caption dropout comes later",
+    "model_type=chroma": "Chroma comes later",
+}
+
+_TRAINING_PENDING = {
+    **_DATASET_PENDING,
+    "masked_loss": "masks come later",
+    "blocks_to_swap": "swapping blocks comes later; use --gradient_checkpointing",
+    "cpu_offload_checkpointing": "keeping activations on the CPU comes later; use --gradient_checkpointing",
+    "fused_backward_pass": "stepping during the backward pass comes later",
+    "fp8_base": "fp8 comes later; use --mixed_precision bf16",
+    "torch_compile": "compiling comes later",
+    **dict.fromkeys((spec.name for spec in options_of(DeepSpeedOptions)), "DeepSpeed comes later"),
+}
+
+_SD_ONLY = "only for Stable Diffusion"
+_DDPM_ONLY = "FLUX learns a flow, which has no such noise schedule"
+_SDPA = "FLUX always uses the attention of torch"
+
+_FLUX_IGNORED = {
+    **dict.fromkeys(("v2", "v_parameterization", "clip_skip", "max_token_length", "weighted_captions"), _SD_ONLY),
+    "vae": "the autoencoder of FLUX is named by --ae",
+    "zero_terminal_snr": _DDPM_ONLY,
+    **dict.fromkeys(("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale"), _DDPM_ONLY),
+    **dict.fromkeys(("multires_noise_iterations", "multires_noise_discount"), _DDPM_ONLY),
+    **dict.fromkeys((spec.name for spec in options_of(SnrOptions)), _DDPM_ONLY),
+    "sample_sampler": "FLUX has one sampler",
+    "xformers": _SDPA,
+    "mem_eff_attn": _SDPA,
+    "ddp_gradient_as_bucket_view": "gradients are averaged without DistributedDataParallel",
+    "ddp_static_graph": "gradients are averaged without DistributedDataParallel",
+}
+
+_CONSOLE = (ConsoleOptions, ConfigFileOptions)
+_DATASET = (ModelOptions, LegacySDOptions, DatasetOptions, CaptionOptions, CacheOptions, TextCacheOptions, FluxOptions)
+_TRAINING = (
+    *(
+        LengthOptions,
+        PrecisionOptions,
+        MemoryOptions,
+        LossOptions,
+        NoiseOptions,
+        FlowDensityOptions,
+        SaveOptions,
+        StateOptions,
+    ),
+    *(SampleOptions, TrackerOptions, MetadataOptions, HubOptions, DistributedOptions),
+)
+_TRAINERS_ONLY = (OptimizerOptions, ScheduleOptions, OffloadOptions, SnrOptions, DeepSpeedOptions)
+
+_CACHING_USES = (
+    *("seed", "max_data_loader_n_workers", "persistent_data_loader_workers", "sdpa", "ddp_timeout"),
+    *("mixed_precision", "full_fp16", "full_bf16"),
+)
+_CACHING_IGNORED = {
+    **dict.fromkeys(
+        (
+            spec.name
+            for group in (*_TRAINING, PriorLossOptions)
+            for spec in options_of(group)
+            if spec.name not in _CACHING_USES
+        ),
+        "nothing is trained",
+    ),
+    **dict.fromkeys(
+        ("guidance_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type", "discrete_flow_shift"),
+        "nothing is trained",
+    ),
+    **dict.fromkeys(("v2", "v_parameterization", "clip_skip", "max_token_length", "weighted_captions"), _SD_ONLY),
+    "vae": "the autoencoder of FLUX is named by --ae",
+    "zero_terminal_snr": "nothing is trained",
+    "skip_existing": "files that exist are always checked, and right ones kept",
+}
+
+# scripts
+
+FLUX_TRAIN_NETWORK = Script(
+    name="flux_train_network.py",
+    summary="Trains a LoRA or another network on FLUX.1.",
+    groups=(
+        *(*_CONSOLE, *_DATASET, NetworkOptions, *_TRAINING, *_TRAINERS_ONLY),
+        *(VaePrecisionOptions, PriorLossOptions, ValidationOptions),
+    ),
+    pending={
+        **_TRAINING_PENDING,
+        **dict.fromkeys((spec.name for spec in options_of(ValidationOptions)), "validation comes later"),
+        "prior_loss_weight": "regularization images come later; leave it out",
+        "fp8_base_unet": "fp8 comes later; use --mixed_precision bf16",
+        "split_mode": "swapping blocks comes later; use --gradient_checkpointing",
+    },
+    refused={
+        "weighted_captions": "FLUX can't weigh words of captions",
+        "save_model_as=ckpt": "networks are saved as safetensors; opening ckpt files can run code",
+        "save_model_as=pt": "networks are saved as safetensors; opening pt files can run code",
+    },
+    ignored=_FLUX_IGNORED,
+)
+
+FLUX_TRAIN = Script(
+    name="flux_train.py",
+    summary="Fine-tunes the whole transformer of FLUX.1.",
+    groups=(*_CONSOLE, *_DATASET, FluxFullOptions, FullSaveOptions, *_TRAINING, *_TRAINERS_ONLY),
+    pending={
+        **_TRAINING_PENDING,
+        "double_blocks_to_swap": "swapping blocks comes later; use --gradient_checkpointing",
+        "single_blocks_to_swap": "swapping blocks comes later; use --gradient_checkpointing",
+        "blockwise_fused_optimizers": "stepping during the backward pass comes later",
+        "mem_eff_save": "it comes later; saving needs memory for one copy of the model",
+    },
+    refused={
+        "save_model_as=diffusers": "FLUX models are saved as one safetensors file",
+        "save_model_as=diffusers_safetensors": "FLUX models are saved as one safetensors file",
+    },
+    ignored={
+        **_FLUX_IGNORED,
+        "save_model_as=ckpt": "FLUX models are saved as one safetensors file",
+        "use_safetensors": "FLUX models are always safetensors",
+        "fused_optimizer_groups": "not for FLUX",
+    },
+)
+
+FLUX_MINIMAL_INFERENCE = Script(
+    name="flux_minimal_inference.py",
+    summary="Makes images with FLUX.1.",
+    groups=(FluxInferenceOptions, InferenceExtraOptions),
+    pending={"model_type=chroma": "Chroma comes later"},
+)
+
+CACHE_LATENTS = Script(
+    name="tools/cache_latents.py",
+    summary="Encodes the images of a dataset once and stores the latents beside them.",
+    groups=(*_CONSOLE, CacheToolOptions, *_DATASET, VaePrecisionOptions, *_TRAINING, PriorLossOptions),
+    pending={**_DATASET_PENDING, "sdxl": "SDXL comes later"},
+    ignored=_CACHING_IGNORED,
+)
+
+CACHE_TEXT_ENCODER_OUTPUTS = Script(
+    name="tools/cache_text_encoder_outputs.py",
+    summary="Encodes the captions of a dataset once and stores the text encoder outputs beside the images.",
+    groups=(*_CONSOLE, CacheToolOptions, *_DATASET, T5DtypeOptions, *_TRAINING, PriorLossOptions),
+    pending={**_DATASET_PENDING, "sdxl": "SDXL comes later"},
+    ignored=_CACHING_IGNORED,
+)
+
+SHOW_METADATA = Script(
+    name="tools/show_metadata.py",
+    summary="Prints the metadata of a safetensors file.",
+    groups=(ShowMetadataOptions,),
+)
+
+SCRIPTS = (
+    *(FLUX_TRAIN_NETWORK, FLUX_TRAIN, FLUX_MINIMAL_INFERENCE, CACHE_LATENTS, CACHE_TEXT_ENCODER_OUTPUTS, SHOW_METADATA),
+)

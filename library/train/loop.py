@@ -1,0 +1,82 @@
+"""The training loop: one for every family, method and objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from library.randomness import Draws
+from library.types import Batch, Cond, Models
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from library.families.base import Family
+    from library.methods.base import Method
+    from library.objectives import Objective
+    from library.train.state import RunState
+    from library.train.steppers import Stepper
+
+
+class Observer(Protocol):
+    """Somebody who watches the run: logs, checkpoints, previews."""
+
+    def after_step(self, state: RunState) -> None:
+        """Called after each optimizer step."""
+
+    def after_epoch(self, state: RunState) -> None:
+        """Called after each finished epoch."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything that `fit` needs; `library.app` assembles it."""
+
+    accelerator: Any
+    family: Family
+    method: Method
+    objective: Objective
+    models: Models
+    batches: Callable[[int, int], Iterable[Batch]]
+    """The micro-batches of this process in an epoch (from 1), from a position on."""
+    cond: Callable[[Batch], Cond]
+    """The text outputs of a batch, cached or live."""
+    latents: Callable[[Batch], Tensor]
+    """The latents of a batch, cached or live."""
+    stepper: Stepper
+    state: RunState
+    observers: Sequence[Observer]
+
+
+def fit(run: Run) -> None:
+    """Trains until the state says that the run is finished or has been asked to stop."""
+    state = run.state
+    while not state.finished:
+        for batch in run.batches(state.epoch, state.batch):
+            loss = batch_loss(run, batch.to(run.accelerator.device))
+            run.accelerator.backward(loss)
+            state.saw(batch, loss.detach())
+            if not batch.completes_step:
+                continue
+            metrics = run.stepper.step()
+            state.stepped({**metrics, **run.method.after_step(state.step + 1)})
+            for observer in run.observers:
+                observer.after_step(state)
+            if state.finished:
+                break
+        if state.completes_epoch():
+            for observer in run.observers:
+                observer.after_epoch(state)
+
+
+def batch_loss(run: Run, batch: Batch) -> Tensor:
+    """The loss of a micro-batch, so weighted that the sum over a step's batches is the mean over its samples."""
+    run.method.before_batch(batch)
+    with run.accelerator.autocast():
+        cond = run.cond(batch)
+        noised = run.objective.noise(run.latents(batch), Draws(batch.draws, run.accelerator.device))
+        prediction = run.family.predict(run.models.denoiser, noised.input, noised.timesteps, cond)
+        noised = run.method.target(noised, batch, cond)
+    losses = run.objective.loss(prediction.float(), noised, batch.mask)
+    return (losses * batch.loss_weights).sum()

@@ -1,0 +1,299 @@
+"""The state of a run: everything that decides its next step and isn't a tensor."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from library.log import UserError, get_logger
+from library.train.ranks import Later, Ranks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from library.train.plan import Plan
+
+logger = get_logger(__name__)
+
+
+class SeenBatch(Protocol):
+    """What the state wants to know of a batch."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Image paths."""
+
+    @property
+    def epoch(self) -> int:
+        """Counted from 1."""
+
+    @property
+    def index(self) -> int:
+        """Position in the epoch."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The numbers of one optimizer step, known one step later."""
+
+    step: int
+    loss: float
+    """Mean over all samples of the step, in all processes."""
+    average: float
+    """Mean of the last loss of each step of the epoch."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Other values of the step, such as `grad_norm`."""
+    names: tuple[str, ...] = ()
+    """Images that this process had in the step."""
+
+
+@dataclass(kw_only=True)
+class _Pending:
+    step: int
+    numbers: Later | list[float]
+    """The loss, then the metrics."""
+    metric_names: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def read(self) -> list[float]:
+        return self.numbers if isinstance(self.numbers, list) else self.numbers.read()
+
+
+class LossWindow:
+    """The moving average of the loss over one epoch, fed with tensors and read one step late.
+
+    It keeps one slot for each optimizer step of an epoch: during the first epoch the average is the mean so far, later
+    each loss replaces the one of the same place in the epoch before. A loss that isn't finite stays out of the average.
+    """
+
+    def __init__(self, length: int, ranks: Ranks | None = None) -> None:
+        """`length` is the number of optimizer steps in an epoch."""
+        self.length = max(length, 1)
+        self.ranks = ranks or Ranks()
+        self._slots: list[float] = []
+        self._sum: Tensor | None = None
+        self._names: list[str] = []
+        self._pending: deque[_Pending] = deque()
+
+    @property
+    def average(self) -> float:
+        """The moving average; NaN before the first finite loss."""
+        finite = [value for value in self._slots if math.isfinite(value)]
+        return math.fsum(finite) / len(finite) if finite else math.nan
+
+    def add(self, loss: Tensor, names: Sequence[str] = ()) -> None:
+        """Takes the (0-d) loss of a micro-batch: its share of the loss of the step."""
+        loss = loss.detach().float()
+        self._sum = loss if self._sum is None else self._sum + loss
+        self._names.extend(names)
+
+    def close(self, step: int, metrics: Mapping[str, Tensor | float] | None = None) -> list[Reading]:
+        """Ends the optimizer step with this number and gives the readings of the steps before it."""
+        import torch
+
+        device = self._sum.device if self._sum is not None else self.ranks.device
+        loss = self._sum if self._sum is not None else torch.zeros((), device=device)
+        metrics = metrics or {}
+        values = [
+            torch.as_tensor(value, dtype=torch.float32).to(device, non_blocking=True) for value in metrics.values()
+        ]
+        numbers = torch.stack([loss.reshape(()), *(value.detach().reshape(()) for value in values)])
+        later = self.ranks.mean_later(numbers)
+        earlier = self.drain()
+        self._pending.append(_Pending(step=step, numbers=later, metric_names=tuple(metrics), names=tuple(self._names)))
+        self._sum, self._names = None, []
+        return earlier
+
+    def drain(self) -> list[Reading]:
+        """Gives all readings that are left; waits for the device."""
+        readings = [self._read(pending) for pending in self._pending]
+        self._pending.clear()
+        return readings
+
+    def _read(self, pending: _Pending) -> Reading:
+        loss, *others = pending.read()
+        slot = (pending.step - 1) % self.length
+        self._slots.extend([math.nan] * (slot + 1 - len(self._slots)))
+        self._slots[slot] = loss
+        metrics = dict(zip(pending.metric_names, others, strict=True))
+        return Reading(pending.step, loss, self.average, metrics, pending.names)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window as JSON values; a step that hasn't been read yet stays unread."""
+        for pending in self._pending:
+            pending.numbers = pending.read()
+        return {
+            "length": self.length,
+            "slots": _writable(self._slots),
+            "pending": [
+                {"step": item.step, "numbers": _writable(item.read()), "metrics": list(item.metric_names)}
+                for item in self._pending
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a window of `state_dict`; slots of an epoch of another length are left out."""
+        self._slots = [float(value) for value in state["slots"]] if state["length"] == self.length else []
+        self._pending = deque(
+            _Pending(
+                step=int(item["step"]),
+                numbers=[float(number) for number in item["numbers"]],
+                metric_names=tuple(item["metrics"]),
+                names=(),
+            )
+            for item in state["pending"]
+        )
+
+
+def _writable(numbers: Sequence[float]) -> list[float | str]:
+    """JSON knows no NaN and no infinity; they become words that `float` understands."""
+    return [number if math.isfinite(number) else str(number) for number in numbers]
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What has been asked of the run from outside."""
+
+    save: bool = False
+    sample: bool = False
+    stop: bool = False
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """Where the run is. `epoch` and `batch` always point at the next micro-batch."""
+
+    seed: int
+    total_steps: int
+    batches_per_epoch: int
+    """Micro-batches of each process in an epoch."""
+    loss: LossWindow
+    step: int = 0
+    """Optimizer steps done."""
+    epoch: int = 1
+    """Epoch of the next micro-batch, counted from 1."""
+    batch: int = 0
+    """Micro-batches done in this epoch; equal to `batches_per_epoch` until the epoch is closed."""
+    last_saved: int = 0
+    """Step of the newest weights on disk."""
+    nonfinite_in_a_row: int = 0
+    nonfinite_limit: int = 3
+    """Non-finite steps in a row that stop the run; 0 never stops."""
+    watched: tuple[str, ...] = ("grad_norm",)
+    """Metrics that count as non-finite like the loss; empty with a gradient scaler, which handles its own overflow."""
+    dataset: str = ""
+    """Fingerprint of the dataset."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Options of the run as text, without secrets."""
+    requests: Requests = Requests()
+    """What was asked for since the last step; not saved."""
+    readings: list[Reading] = field(default_factory=list)
+    """Numbers that became known with the last step; not saved."""
+
+    @classmethod
+    def begin(cls, plan: Plan, seed: int, ranks: Ranks | None = None, **more: Any) -> RunState:
+        """The state before the first step of a plan."""
+        return cls(
+            seed=seed,
+            total_steps=plan.total_steps,
+            batches_per_epoch=plan.batches_per_process,
+            loss=LossWindow(plan.steps_per_epoch, ranks),
+            **more,
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has reached its end or has been asked to stop."""
+        return self.complete or self.requests.stop
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run has made all its steps."""
+        return self.step >= self.total_steps
+
+    @property
+    def epochs_done(self) -> int:
+        """Number of the last finished epoch."""
+        return self.epoch - 1
+
+    @property
+    def current_epoch(self) -> int:
+        """Number of the epoch that the last step belongs to, counted from 1."""
+        return self.epoch if self.batch or self.epoch == 1 else self.epoch - 1
+
+    def saw(self, batch: SeenBatch, loss: Tensor) -> None:
+        """A micro-batch has gone backward; `loss` is its (0-d) share of the step's loss."""
+        self.epoch, self.batch = batch.epoch, batch.index + 1
+        self.loss.add(loss, batch.names)
+
+    def stepped(self, metrics: Mapping[str, Tensor | float] | None = None) -> None:
+        """The optimizer has stepped. Errors: UserError when too many steps in a row weren't finite."""
+        self.step += 1
+        self.requests = Requests()
+        self.readings = self.loss.close(self.step, metrics)
+        for reading in self.readings:
+            self._judge(reading)
+
+    def completes_epoch(self) -> bool:
+        """Whether all micro-batches of the epoch are done; then `epoch` moves on to the next one."""
+        if self.batch < self.batches_per_epoch:
+            return False
+        self.epoch, self.batch = self.epoch + 1, 0
+        self._settle()
+        return True
+
+    def finish(self) -> None:
+        """Reads what is still unread, at the end of the run."""
+        self._settle()
+
+    def _settle(self) -> None:
+        self.readings = self.loss.drain()
+        for reading in self.readings:
+            self._judge(reading)
+
+    def _judge(self, reading: Reading) -> None:
+        watched = {"loss": reading.loss} | {
+            name: reading.metrics[name] for name in self.watched if name in reading.metrics
+        }
+        bad = [f"{name} {value}" for name, value in watched.items() if not math.isfinite(value)]
+        if not bad:
+            self.nonfinite_in_a_row = 0
+            return
+        self.nonfinite_in_a_row += 1
+        where = f"step {reading.step}, {', '.join(reading.names) or 'batch unknown'}"
+        logger.warning("%s is not finite at %s", " and ".join(bad), where)
+        if self.nonfinite_limit and self.nonfinite_in_a_row >= self.nonfinite_limit:
+            raise UserError(
+                f"{self.nonfinite_in_a_row} steps in a row were not finite ({' and '.join(bad)})",
+                where,
+                "lower the learning rate, use --mixed_precision bf16 instead of fp16, or check these images; "
+                f"the newest good weights are of step {self.last_saved}",
+                code="E-NONFINITE",
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as JSON values."""
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "batches_per_epoch": self.batches_per_epoch,
+            "total_steps": self.total_steps,
+            "seed": self.seed,
+            "last_saved": self.last_saved,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "dataset": self.dataset,
+            "options": dict(self.options),
+            "loss": self.loss.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of `state_dict`; length and fingerprints stay those of this run."""
+        self.step, self.epoch, self.batch = int(state["step"]), int(state["epoch"]), int(state["batch"])
+        self.seed = int(state["seed"])
+        self.last_saved = int(state["last_saved"])
+        self.nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
+        self.loss.load_state_dict(state["loss"])

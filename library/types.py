@@ -1,0 +1,159 @@
+"""Values that travel between the layers: sizes, batches, noised latents, traits of a model family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Cond = dict[str, "Tensor"]
+"""What the text encoders said: array name -> tensor with a leading batch axis; names as in the text cache file."""
+
+Tokens = dict[str, "Tensor"]
+"""Token ids and masks by name, each (B, L), int64."""
+
+
+class Size(NamedTuple):
+    """A size in pixels."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @property
+    def area(self) -> int:
+        """Pixels."""
+        return self.width * self.height
+
+
+@dataclass(kw_only=True, frozen=True)
+class Traits:
+    """What the data layer, the metadata and the plan need to know of a model family."""
+
+    name: str
+    """One of `sd`, `sdxl`, `sd3`, `flux`."""
+    latent_channels: int
+    latent_stride: int
+    """Pixels per latent cell."""
+    bucket_step: int
+    """Bucket sides must be multiples of this many pixels."""
+    latents_suffix: str
+    """End of the name of a latents cache file, such as `_flux.npz`."""
+    latents_keys_carry_size: bool
+    """Whether the arrays of a latents file are named `latents_<h>x<w>` (latent units) instead of `latents`."""
+    text_suffix: str | None
+    """End of the name of a text cache file, such as `_flux_te.npz`; None: text outputs can't be cached on disk."""
+    base_model_version: str
+    """`ss_base_model_version` of the files trained on it."""
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """One micro-batch of one process, all of one size."""
+
+    names: list[str]
+    """Image paths, for messages."""
+    captions: list[str]
+    latents: Tensor | None = None
+    """(B, C, h, w), scaled as the denoiser wants them."""
+    pixels: Tensor | None = None
+    """(B, 3, H, W) in [-1, 1], when latents aren't cached."""
+    cond: Cond | None = None
+    """Cached text outputs."""
+    tokens: Tokens | None = None
+    """For encoders that run live."""
+    conditioning: Tensor | None = None
+    """(B, 3, H, W) in [-1, 1]."""
+    mask: Tensor | None = None
+    """(B, 1, h, w) in [0, 1]."""
+    loss_weights: Tensor
+    """(B,): prior loss weight times what makes the mean over processes and accumulated batches a mean over samples."""
+    draws: list[int]
+    """B numbers of 64 bits; sample i draws its noise and timestep from a generator seeded with draws[i]."""
+    image_seeds: list[int]
+    """B numbers that decide the autoencoder's sample: always the same for an image, cached or not."""
+    size: Size
+    original_sizes: list[Size]
+    crops: list[tuple[int, int]]
+    """Left and top of the crop in the resized image."""
+    multiplier: float = 1.0
+    """Strength of the network for this dataset."""
+    attributes: list[dict[str, object]] = field(default_factory=list)
+    """`custom_attributes` of each sample's subset."""
+    completes_step: bool = True
+    """Whether the optimizer steps after this batch."""
+    epoch: int = 1
+    """Counted from 1."""
+    index: int = 0
+    """Position of this micro-batch in its epoch, from 0."""
+
+    def to(self, device: object, dtype: object = None) -> Batch:
+        """This batch with its tensors on `device`; floating-point latents, pixels, cond and masks in `dtype`."""
+        from dataclasses import replace
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            floating = dtype if tensor.is_floating_point() else None
+            return tensor.to(device=device, dtype=floating, non_blocking=True)  # type: ignore[call-overload, no-any-return]
+
+        def move_all(tensors: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+            return None if tensors is None else {name: move(tensor) for name, tensor in tensors.items()}  # type: ignore[misc]
+
+        return replace(
+            self,
+            latents=move(self.latents),
+            pixels=move(self.pixels),
+            cond=move_all(self.cond),
+            tokens=move_all(self.tokens),
+            conditioning=move(self.conditioning),
+            mask=move(self.mask),
+            loss_weights=self.loss_weights.to(device=device, non_blocking=True),  # type: ignore[call-overload]
+        )
+
+
+@dataclass(kw_only=True, frozen=True)
+class Noised:
+    """Latents with noise, and what the denoiser should say about them."""
+
+    latents: Tensor
+    """(B, C, h, w): clean."""
+    input: Tensor
+    """(B, C, h, w): what the denoiser sees."""
+    target: Tensor
+    """(B, C, h, w)"""
+    timesteps: Tensor
+    """(B,) in [0, 1000], float32."""
+    weight: Tensor
+    """(B,) loss weight of each sample."""
+
+
+@dataclass(kw_only=True)
+class Models:
+    """The parts of a diffusion model; a part that isn't needed (any more) is absent."""
+
+    denoiser: nn.Module | None = None
+    vae: nn.Module | None = None
+    encoders: dict[str, nn.Module] = field(default_factory=dict)
+    """Text encoders by name (`clip_l`, `t5xxl`, …), in the order of the family's `encoder_names`."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class Finding:
+    """Something the preflight noticed."""
+
+    error: bool
+    what: str
+    where: str = ""
+    hint: str = ""
+    code: str = "E-CHECK"
+
+
+def errors(findings: Sequence[Finding]) -> list[Finding]:
+    """Those findings that forbid to start."""
+    return [finding for finding in findings if finding.error]

@@ -1,0 +1,1 @@
+"""Adapter networks, loaded by name with `--network_module`."""

@@ -1,0 +1,314 @@
+"""What is checked before a weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from library.log import CombinedError, DataError, ResourceError, UserError
+from library.option_groups import (
+    FLUX_TRAIN,
+    FLUX_TRAIN_NETWORK,
+    CacheOptions,
+    LengthOptions,
+    MemoryOptions,
+    SampleOptions,
+    TextCacheOptions,
+)
+from library.options import Options, Origin
+from library.prompts import load_prompts
+from library.train import preflight
+from library.train.preflight import (
+    check_combinations,
+    check_device,
+    check_disk,
+    check_output_name,
+    check_paths,
+    check_writable,
+    report,
+    settle,
+)
+from library.types import Finding
+
+
+def options(script=FLUX_TRAIN_NETWORK, **values: object) -> Options:
+    return Options(script, values, {name: Origin("command line", f"--{name}") for name in values})
+
+
+def errors_of(findings) -> str:
+    return "\n".join(f"{finding.where}: {finding.what} {finding.hint}" for finding in findings if finding.error)
+
+
+def warnings_of(findings) -> str:
+    return "\n".join(f"{finding.where}: {finding.what}" for finding in findings if not finding.error)
+
+
+@pytest.fixture
+def good(tmp_path) -> dict[str, object]:
+    for name in ("flux.safetensors", "clip.safetensors", "t5.safetensors", "ae.safetensors"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "prompts.txt").write_text("a cat --w 512", encoding="utf-8")
+    (tmp_path / "images").mkdir()
+    return {
+        "pretrained_model_name_or_path": str(tmp_path / "flux.safetensors"),
+        "clip_l": str(tmp_path / "clip.safetensors"),
+        "t5xxl": str(tmp_path / "t5.safetensors"),
+        "ae": str(tmp_path / "ae.safetensors"),
+        "train_data_dir": str(tmp_path / "images"),
+        "output_dir": str(tmp_path / "new" / "出力 folder"),
+        "logging_dir": str(tmp_path / "logs"),
+        "output_name": "my lora",
+        "sample_prompts": str(tmp_path / "prompts.txt"),
+        "sample_every_n_epochs": 1,
+    }
+
+
+def test_a_good_command_passes_and_leaves_no_probe(good, tmp_path, caplog):
+    found = options(**good)
+    report([*check_paths(found, load_prompts), *check_combinations(found)])
+    assert list(Path(str(good["output_dir"])).iterdir()) == []
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pretrained_model_name_or_path", "clip_l", "t5xxl", "ae", "train_data_dir", "sample_prompts", "dataset_config"],
+)
+def test_a_missing_path_is_named_by_its_option(good, name):
+    findings = check_paths(options(**good | {name: "/no/such place/file.safetensors"}))
+    assert f"--{name}: not found: /no/such place" in errors_of(findings)
+    assert "quotation marks" in errors_of(findings)
+
+
+def test_quotation_marks_inside_a_path(good):
+    findings = check_paths(options(**good | {"ae": '"C:\\models\\ae.safetensors"'}))
+    assert "has quotation marks in it" in errors_of(findings)
+
+
+def test_lists_of_paths(good, tmp_path):
+    findings = check_paths(options(**good, base_weights=(str(tmp_path / "a.safetensors"), str(good["ae"]))))
+    assert errors_of(findings).count("--base_weights") == 1
+
+
+def test_a_place_in_a_config_file_is_told(good):
+    given = good | {"t5xxl": "/no/where"}
+    found = Options(FLUX_TRAIN_NETWORK, given, {"t5xxl": Origin("config file", "my.toml, line 7")})
+    assert "my.toml, line 7: not found" in errors_of(check_paths(found))
+
+
+@pytest.mark.parametrize("name", ["output_dir", "logging_dir"])
+def test_a_folder_that_cannot_be_made(good, tmp_path, name):
+    (tmp_path / "file").write_text("x")
+    findings = check_paths(options(**good | {name: str(tmp_path / "file" / "out")}))
+    assert f"--{name}: can't write to" in errors_of(findings)
+    with pytest.raises(ResourceError):
+        report(findings)
+
+
+def test_a_folder_without_permission(tmp_path, monkeypatch):
+    def refuse(self, data):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    assert "Permission denied" in errors_of(check_writable(tmp_path, "--output_dir"))
+
+
+def test_an_output_folder_must_be_given(good):
+    assert "no output folder" in errors_of(check_paths(options(**good | {"output_dir": None})))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "  ", "a/b", "a\\b", "a:b", 'a"b', "a*b", "a?b", "a|b", "a\nb", "con", "NUL.x", "a.", "a "]
+)
+def test_names_that_are_no_file_names(name):
+    assert errors_of(check_output_name(name))
+
+
+@pytest.mark.parametrize("name", [None, "my lora v1.0", "名前", "Привет", "console", "a-b_c(1)"])
+def test_names_that_are(name):
+    assert check_output_name(name) == []
+
+
+def test_a_name_with_an_extension_is_warned_of():
+    assert "another one is added" in warnings_of(check_output_name("my.safetensors"))
+
+
+def test_prompts_are_parsed_at_the_start(good, tmp_path):
+    (tmp_path / "prompts.json").write_text("{not json", encoding="utf-8")
+    findings = check_paths(options(**good | {"sample_prompts": str(tmp_path / "prompts.json")}), load_prompts)
+    assert "--sample_prompts" in errors_of(findings)
+    empty = check_paths(options(**good), lambda path: [])
+    assert "holds no prompts" in warnings_of(empty)
+
+
+def test_a_state_is_checked_at_the_start(good, tmp_path):
+    folder = tmp_path / "my-state"
+    assert "--resume" in errors_of(check_paths(options(**good, resume=str(folder))))
+    folder.mkdir()
+    (folder / "optimizer.bin").write_bytes(b"\x80")
+    findings = check_paths(options(**good, resume=str(folder)))
+    assert "pickle" in errors_of(findings)
+    assert "--initial_step" in errors_of(findings)
+    assert check_paths(options(**good, resume="auto")) == []
+    assert check_paths(options(**good, resume="me/repo/x", resume_from_huggingface=True)) == []
+    assert "needs --resume" in errors_of(check_paths(options(**good, resume_from_huggingface=True)))
+
+
+BAD = [
+    ({"full_bf16": True}, "--full_bf16"),
+    ({"full_fp16": True, "mixed_precision": "bf16"}, "--full_fp16"),
+    ({"fp8_base": True}, "--fp8_base"),
+    ({"fused_backward_pass": True, "optimizer_type": "AdamW"}, "Adafactor only"),
+    (
+        {"fused_backward_pass": True, "optimizer_type": "AdaFactor", "gradient_accumulation_steps": 2},
+        "--gradient_accumulation_steps must be 1",
+    ),
+    ({"log_with": "tensorboard"}, "--logging_dir"),
+    ({"log_with": "all"}, "--logging_dir"),
+    ({"adaptive_noise_scale": 0.1}, "needs --noise_offset"),
+    ({"min_timestep": 500, "max_timestep": 500}, "no timesteps"),
+    ({"max_timestep": 1001}, "no timesteps"),
+    ({"train_batch_size": 0}, "--train_batch_size"),
+    ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps"),
+    ({"network_train_unet_only": True, "network_train_text_encoder_only": True}, "nothing to train"),
+    ({"dim_from_weights": True}, "--network_weights"),
+]
+
+
+@pytest.mark.parametrize(("values", "text"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_options_that_contradict_one_another(values, text):
+    assert text in errors_of(check_combinations(options(**values)))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"full_bf16": True, "mixed_precision": "bf16"},
+        {"fp8_base": True, "mixed_precision": "fp16"},
+        {"fused_backward_pass": True, "optimizer_type": "adafactor"},
+        {"log_with": "tensorboard", "logging_dir": "logs"},
+        {"adaptive_noise_scale": 0.1, "noise_offset": 0.1},
+        {"min_timestep": 0, "max_timestep": 1000},
+    ],
+)
+def test_options_that_go_together(values):
+    assert errors_of(check_combinations(options(**values))) == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"save_last_n_epochs": 2}, "--save_last_n_epochs: it does nothing"),
+        ({"save_last_n_steps": 2}, "--save_last_n_steps: it does nothing"),
+        ({"sample_prompts": "p.txt"}, "no samples are made"),
+        ({"sample_every_n_steps": 5}, "without --sample_prompts"),
+        ({"save_state_to_huggingface": True}, "--save_state_to_huggingface"),
+        ({"save_state_to_huggingface": True, "huggingface_repo_id": "a/b"}, "without --save_state"),
+        ({"initial_epoch": 2, "initial_step": 3}, "--initial_step is given too"),
+        ({"skip_until_initial_step": True}, "--skip_until_initial_step"),
+    ],
+)
+def test_options_that_do_nothing(values, text):
+    findings = check_combinations(options(**values))
+    assert text in warnings_of(findings)
+    assert errors_of(findings) == ""
+
+
+def test_full_training_has_its_own_rules():
+    found = options(
+        FLUX_TRAIN, blockwise_fused_optimizers=True, gradient_accumulation_steps=2, optimizer_type="AdamWScheduleFree"
+    )
+    text = errors_of(check_combinations(found))
+    assert "must be 1" in text
+    assert "schedule-free" in text
+
+
+def test_a_missing_tracker_package_is_an_error(monkeypatch):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == "wandb" else name)
+    text = errors_of(check_combinations(options(log_with="wandb")))
+    assert "pip install wandb" in text
+
+
+def test_what_options_imply_is_filled_in_and_said():
+    before = options(
+        cache_latents_to_disk=True,
+        cache_text_encoder_outputs_to_disk=True,
+        sample_every_n_steps=0,
+        sample_every_n_epochs=-1,
+        max_data_loader_n_workers=0,
+        persistent_data_loader_workers=True,
+        cpu_offload_checkpointing=True,
+    )
+    after, findings = settle(before)
+    assert after[CacheOptions].cache_latents
+    assert after[TextCacheOptions].cache_text_encoder_outputs
+    assert after[SampleOptions].sample_every_n_steps is None
+    assert after[SampleOptions].sample_every_n_epochs is None
+    assert not after[LengthOptions].persistent_data_loader_workers
+    assert after[MemoryOptions].gradient_checkpointing
+    assert len(findings) == 6
+    assert not any(finding.error for finding in findings)
+    plain = options(cache_latents=True)
+    assert settle(plain) == (plain, [])
+
+
+def test_room_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+
+    def findings(model: int, needed: int):
+        return check_disk(SimpleNamespace(model_bytes=model, bytes_needed=needed), tmp_path / "not" / "yet")
+
+    assert findings(0, 0) == []
+    assert findings(100, 1000) == []
+    assert "may fill up" in warnings_of(findings(100_000, 2_000_000))
+    assert "1.0 MB are free" in errors_of(findings(2_000_000, 2_000_000))
+
+
+def test_a_cpu_is_warned_of():
+    assert "very slow" in warnings_of(check_device("cpu"))
+    assert check_device("cuda") == []
+
+
+def test_a_report_without_errors_only_warns(caplog):
+    warning = Finding(error=False, what="odd", where="--x")
+    report([warning, warning])
+    assert caplog.messages == ["--x - odd"]
+
+
+def test_one_error_is_raised_as_it_is():
+    with pytest.raises(DataError) as caught:
+        report([Finding(error=True, what="gone", where="--ae", hint="look", code="E-FILE-MISSING")])
+    assert (caught.value.what, caught.value.hint, caught.value.code) == ("gone", "look", "E-FILE-MISSING")
+
+
+def test_all_errors_are_raised_at_once_with_the_worst_exit_code():
+    codes = ["E-CHECK", "E-DISK-FULL", "E-FILE-MISSING", "E-CHECK"]
+    with pytest.raises(CombinedError) as caught:
+        report([Finding(error=True, what=f"wrong {index}", code=code) for index, code in enumerate(codes)])
+    assert caught.value.exit_code == 4
+    assert len(caught.value.lines()) == 4
+    assert {str(error) for error in caught.value.errors} == {f"wrong {index}" for index in range(4)}
+    assert isinstance(caught.value, UserError)
+
+
+def test_every_option_that_is_read_exists():
+    for group, names in preflight._READ.items():
+        assert set(names) <= {field.name for field in fields(group)}
+
+
+@dataclass(frozen=True)
+class _Unused:
+    pass
+
+
+def test_scripts_without_a_group_are_fine():
+    from library.option_groups import CACHE_LATENTS
+
+    found = options(CACHE_LATENTS)
+    assert not found.has(_Unused)
+    check_combinations(found)
+    settle(found)

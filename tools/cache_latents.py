@@ -1,0 +1,26 @@
+"""Encodes the images of a dataset once and stores the latents beside them. Options: `python tools/cache_latents.py --help`, docs/caching.md."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from library.log import command
+from library.option_groups import CACHE_LATENTS
+from library.options import parse
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the options, which needs none of the heavy imports below, and fills the cache."""
+    options = parse(CACHE_LATENTS, argv)
+    from library.app import cache_latents
+
+    cache_latents(options)
+
+
+if __name__ == "__main__":
+    main()
