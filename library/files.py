@@ -25,27 +25,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
     "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "C64": "complex64",
+    "F32": "float32",
     "U32": "uint32",
+    "I32": "int32",
+    "BF16": "bfloat16",
+    "F16": "float16",
     "U16": "uint16",
+    "I16": "int16",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I8": "int8",
     "U8": "uint8",
     "BOOL": "bool",
-    "C64": "complex64",
 }
-"""Names of element types: in safetensors files -> in torch."""
+"""Element types, names in safetensors files -> in torch, in the order in which the format's own writer puts tensors."""
 
 _ITEM_SIZES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4} | dict.fromkeys(
     ("F16", "BF16", "I16", "U16"), 2
@@ -241,7 +241,8 @@ def save_safetensors(
     path = Path(path)
     names = {torch_name: name for name, torch_name in DTYPES.items()}
     dtypes = {name: names[str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    ranks = {dtype: rank for rank, dtype in enumerate(DTYPES)}
+    order = sorted(tensors, key=lambda name: (ranks[dtypes[name]], name))
     entries: dict[str, Any] = {}
     if metadata:
         entries["__metadata__"] = {str(key): str(value) for key, value in sorted(metadata.items())}

@@ -66,12 +66,17 @@ class CombinedError(UserError):
         return [line for error in self.errors for line in error.lines()]
 
 
+class CombinedDataError(CombinedError, DataError):
+    """Several data errors."""
+
+
 def raise_all(errors: Sequence[UserError]) -> None:
     """Raises the error, or all of them as one; nothing when there are none."""
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        raise CombinedError(errors)
+        only_data = all(isinstance(error, DataError) for error in errors)
+        raise CombinedDataError(errors) if only_data else CombinedError(errors)
 
 
 def get_logger(name: str) -> logging.Logger:

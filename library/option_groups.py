@@ -62,7 +62,7 @@ class ModelOptions:
         False,
         help="read model files the ordinary way instead of mapping them into memory; faster on some network drives",
     )
-    lowram: bool = option(False, help="load models directly onto the GPU, for computers with little memory")
+    lowram: bool = option(False, help="accepted: models are always loaded straight onto the device")
     highvram: bool = option(
         False, help="keep the GPU memory of one caching step for the next, for GPUs with much memory"
     )
@@ -798,12 +798,14 @@ _TRAINING_PENDING = {
 
 _SD_ONLY = "only for Stable Diffusion"
 _DDPM_ONLY = "FLUX learns a flow, which has no such noise schedule"
+_HIGHVRAM = "GPU memory is always kept from one cached batch to the next"
 _SDPA = "FLUX always uses the attention of torch"
 
 _FLUX_IGNORED = {
     **dict.fromkeys(("v2", "v_parameterization", "clip_skip", "max_token_length", "weighted_captions"), _SD_ONLY),
     "vae": "the autoencoder of FLUX is named by --ae",
     "zero_terminal_snr": _DDPM_ONLY,
+    "highvram": _HIGHVRAM,
     **dict.fromkeys(("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale"), _DDPM_ONLY),
     **dict.fromkeys(("multires_noise_iterations", "multires_noise_discount"), _DDPM_ONLY),
     **dict.fromkeys((spec.name for spec in options_of(SnrOptions)), _DDPM_ONLY),
@@ -852,6 +854,7 @@ _CACHING_IGNORED = {
     **dict.fromkeys(("v2", "v_parameterization", "clip_skip", "max_token_length", "weighted_captions"), _SD_ONLY),
     "vae": "the autoencoder of FLUX is named by --ae",
     "zero_terminal_snr": "nothing is trained",
+    "highvram": _HIGHVRAM,
     "skip_existing": "files that exist are always checked, and right ones kept",
 }
 
@@ -871,11 +874,7 @@ FLUX_TRAIN_NETWORK = Script(
         "fp8_base_unet": "fp8 comes later; use --mixed_precision bf16",
         "split_mode": "swapping blocks comes later; use --gradient_checkpointing",
     },
-    refused={
-        "weighted_captions": "FLUX can't weigh words of captions",
-        "save_model_as=ckpt": "networks are saved as safetensors; opening ckpt files can run code",
-        "save_model_as=pt": "networks are saved as safetensors; opening pt files can run code",
-    },
+    refused={"weighted_captions": "FLUX can't weigh words of captions"},
     ignored=_FLUX_IGNORED,
 )
 
@@ -888,7 +887,6 @@ FLUX_TRAIN = Script(
         "double_blocks_to_swap": "swapping blocks comes later; use --gradient_checkpointing",
         "single_blocks_to_swap": "swapping blocks comes later; use --gradient_checkpointing",
         "blockwise_fused_optimizers": "stepping during the backward pass comes later",
-        "mem_eff_save": "it comes later; saving needs memory for one copy of the model",
     },
     refused={
         "save_model_as=diffusers": "FLUX models are saved as one safetensors file",
@@ -898,6 +896,7 @@ FLUX_TRAIN = Script(
         **_FLUX_IGNORED,
         "save_model_as=ckpt": "FLUX models are saved as one safetensors file",
         "use_safetensors": "FLUX models are always safetensors",
+        "mem_eff_save": "models are always written tensor by tensor",
         "fused_optimizer_groups": "not for FLUX",
     },
 )

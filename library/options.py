@@ -43,6 +43,9 @@ KNOWN_MODULES = {
 }
 """Options that name code, and what they may name in a config file."""
 
+RENAMED = {"skip_latents_validity_check": "skip_cache_check"}
+"""Old names of flags."""
+
 FOREIGN_KEYS = {
     "epoch": "use max_train_epochs",
     "lowvram": "",
@@ -152,6 +155,10 @@ def parse(script: Script, argv: Sequence[str] | None = None) -> Options:
         for name, (value, origin) in _from_config_file(script, with_suffix(str(config)), notes).items():
             if name not in values:
                 values[name], origins[name] = value, origin
+    for old, new in RENAMED.items():
+        if values.get(old):
+            values[new], origins[new] = True, origins[old]
+            notes.append(f"--{old} is now called --{new}")
     _take_secrets(script, values, origins)
     _check_required(script, values)
     options = Options(script, values, origins)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,10 @@ class ModuleAdapter(nn.Module, ABC):
     @abstractmethod
     def factors(self) -> list[nn.Parameter]:
         """Two matrices whose product is proportional to the change."""
+
+    @abstractmethod
+    def fits(self, names: Collection[str]) -> bool:
+        """Whether these are the names of tensors (without the module's name) that `load` needs."""
 
     @abstractmethod
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -221,7 +225,7 @@ class Network(nn.Module):
     def load_tensors(self, tensors: Mapping[str, Tensor], where: str = "") -> str:
         """As `load_weights`, with the tensors of a file."""
         by_module = reading.by_module(tensors)
-        matched = [adapter for adapter in self.adapters if adapter.name in by_module]
+        matched = [adapter for adapter in self.adapters if adapter.fits(by_module.get(adapter.name, {}))]
         if not matched:
             raise DataError(f"no weight fits this network: {reading.describe(tensors)}", where, code="E-NETWORK-FILE")
         for adapter in matched:
@@ -271,7 +275,7 @@ class Network(nn.Module):
         by_module = reading.by_module(weights_sd) if weights_sd is not None else None
         for adapter in self._created:
             if by_module is not None:
-                if adapter.name not in by_module:
+                if not adapter.fits(by_module.get(adapter.name, {})):
                     continue
                 adapter.load(by_module[adapter.name])
             weight = adapter.module.weight

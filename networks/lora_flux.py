@@ -21,14 +21,8 @@ TRAINED_ENCODERS = 1
 """How many of the family's text encoders get new adapters; files may have them for all."""
 
 LATER = (
-    *(
-        "train_blocks",
-        "train_double_block_indices",
-        "train_single_block_indices",
-        "split_qkv",
-        "train_t5xxl",
-        "in_dims",
-    ),
+    *("train_blocks", "train_double_block_indices", "train_single_block_indices"),
+    *("split_qkv", "train_t5xxl", "in_dims"),
     *("img_attn_dim", "txt_attn_dim", "img_mlp_dim", "txt_mlp_dim", "img_mod_dim", "txt_mod_dim"),
     *("single_dim", "single_mod_dim", "ggpo_sigma", "ggpo_beta", "network_reg_dims", "network_reg_lrs"),
 )
@@ -105,15 +99,50 @@ def create_network_from_weights(
         for target, component in _targets(text_encoders, unet, with_extras=True)
         if target.name in ranks
     ]
-    where = "" if file is None else str(file)
-    if not adapters:
-        raise DataError(f"no weight fits FLUX: {reading.describe(weights_sd)}", where, code="E-NETWORK-FILE")
-    left = len(reading.by_module(weights_sd)) - len(adapters)
-    if left:
-        logger.warning(
-            "%s: %d of %d modules fit the loaded parts of the model", where, len(adapters), len(adapters) + left
-        )
+    _check_fit(weights_sd, adapters, "" if file is None else str(file), text_encoders, unet)
     return settings.network(adapters).eval() if for_inference else settings.network(adapters), weights_sd
+
+
+def weights_for(
+    weights_sd: Mapping[str, Tensor], text_encoders: Encoders | nn.Module | None, unet: nn.Module | None
+) -> dict[str, Tensor]:
+    """Those tensors of a file that belong to these parts of the model; empty when none does."""
+    names = {target.name for target, _ in _targets(text_encoders, unet, with_extras=True)}
+    return {key: tensor for key, tensor in weights_sd.items() if key.partition(".")[0] in names}
+
+
+def _check_fit(
+    tensors: Mapping[str, Tensor],
+    adapters: Sequence[ModuleAdapter],
+    where: str,
+    text_encoders: Encoders | nn.Module | None,
+    unet: nn.Module | None,
+) -> None:
+    """Complains when a file has something for a part of the model that is there, but nothing of it fits.
+
+    Parts that aren't loaded now are not looked at: they may get theirs later.
+    """
+    parts = [*zip(FLUX.encoders, _as_list(text_encoders), strict=False), (FLUX.denoiser, unet)]
+    present = tuple(f"{part.prefix}_" for part, model in parts if model is not None)
+    absent = tuple(f"{part.prefix}_" for part in (*FLUX.encoders, FLUX.denoiser) if f"{part.prefix}_" not in present)
+    names, fitting = reading.by_module(tensors), {adapter.name for adapter in adapters}
+    for prefix in present:
+        given = [name for name in names if name.startswith(prefix)]
+        if given and not fitting.intersection(given):
+            raise _misfit(tensors, where)
+    if not adapters and not any(name.startswith(absent) for name in names):
+        raise _misfit(tensors, where)
+    unknown = [name for name in names if name not in fitting and not name.startswith(absent)]
+    if unknown:
+        logger.warning("%s: %d modules of the file are unknown, such as %s", where, len(unknown), unknown[0])
+
+
+def _misfit(tensors: Mapping[str, Tensor], where: str) -> DataError:
+    return DataError(f"no weight fits this model: {reading.describe(tensors)}", where, code="E-NETWORK-FILE")
+
+
+def _as_list(text_encoders: Encoders | nn.Module | None) -> Encoders:
+    return [text_encoders] if text_encoders is None or isinstance(text_encoders, nn.Module) else text_encoders
 
 
 class _Settings:
@@ -131,10 +160,8 @@ class _Settings:
             module=arguments.number("module_dropout", high=1.0) or 0.0,
         )
         ratio = arguments.number("loraplus_lr_ratio")
-        denoiser, encoders = (
-            arguments.number("loraplus_unet_lr_ratio"),
-            arguments.number("loraplus_text_encoder_lr_ratio"),
-        )
+        denoiser = arguments.number("loraplus_unet_lr_ratio")
+        encoders = arguments.number("loraplus_text_encoder_lr_ratio")
         self.lr_ratios = LrRatios(ratio if denoiser is None else denoiser, ratio if encoders is None else encoders)
         self.verbose = arguments.flag("verbose")
         arguments.given("dropout")
@@ -164,10 +191,7 @@ def _targets(
     text_encoders: Encoders | nn.Module | None, unet: nn.Module | None, with_extras: bool = False
 ) -> Iterator[tuple[Target, str]]:
     """The modules that can have adapters, with their component, in the order of files: encoders first."""
-    encoders: Encoders = (
-        [text_encoders] if text_encoders is None or isinstance(text_encoders, nn.Module) else text_encoders
-    )
-    for index, (encoder, part) in enumerate(zip(encoders, FLUX.encoders, strict=False)):
+    for index, (encoder, part) in enumerate(zip(_as_list(text_encoders), FLUX.encoders, strict=False)):
         if encoder is not None:
             for target in find(encoder, part):
                 yield target, encoder_component(index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -70,14 +70,17 @@ class LoraAdapter(ModuleAdapter):
         self.scale = float(alpha or rank) / rank
         self.register_load_state_dict_post_hook(_refresh_scale)  # type: ignore[no-untyped-call]
 
+    def fits(self, names: Collection[str]) -> bool:
+        """Whether both matrices are there."""
+        return "lora_down.weight" in names and "lora_up.weight" in names
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over a file's matrices and alpha; without alpha it is the rank.
 
         Errors: DataError when a shape differs.
         """
         for key, parameter in (("lora_down.weight", self.lora_down.weight), ("lora_up.weight", self.lora_up.weight)):
-            if key in tensors:
-                self._take(key, tensors[key], parameter)
+            self._take(key, tensors[key], parameter)
         alpha = tensors.get("alpha", torch.tensor(self.rank))
         self.alpha = alpha.detach().clone().to(self.lora_up.weight.device)
         self.scale = float(alpha) / self.rank

@@ -15,7 +15,7 @@ PACKAGES = ("library", "networks", "tools", "finetune")
 PLUGINS = "networks"
 
 LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
-    (4, ("library.app", "library.caching", "library.option_docs")),
+    (4, ("library.app", "library.assembly", "library.caching", "library.option_docs")),
     (3, ("library.train", "library.methods", "library.generate")),
     (2, ("library.families", "library.data", "library.sampling", "library.prompts", PLUGINS)),
     (1, ("library.models", "library.objectives")),
@@ -39,7 +39,7 @@ HEAVY = ("torch", "torchvision", "transformers", "diffusers", "accelerate", "num
 CODE_RUNNERS = {"eval", "exec", "compile", "__import__"}
 UNPICKLERS = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")
 VAGUE = {"utils", "util", "common", "helper", "helpers", "misc"}
-MAY_NAME_FAMILIES = ("library.app", "library.generate", "library.families")
+MAY_NAME_FAMILIES = ("library.app", "library.assembly", "library.generate", "library.families")
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,16 @@ from examples.toy.draw import SIZE, clutter, creature, scene
 CHANNELS = 16
 WIDTHS = (64, 64, 64, 64)
 """Channels at 1, 1/2, 1/4 and 1/8 of the size."""
-SOFTNESS = 1.0
+SOFTNESS = 0.03
 """Variance that every group norm adds in training. With 32 groups of only two channels, a hard norm would keep no more
 than the sign of their difference, and a picture's colours could hardly pass it."""
 NORM_EPSILON = 1e-6
 """Variance that the group norms of the published model add."""
+SIZES, PIXELS = (32, 32, 48, 32, 48, SIZE), 4600
+"""Sides of the pictures of the training's steps, in turn, and how many pixels a batch may have."""
 SCALE, SHIFT = 0.3611, 0.1159
 """FLUX.1's constants: the denoiser sees (z - SHIFT) * SCALE."""
-TRAINING_NOISE = 0.2
+TRAINING_NOISE = 0.15
 """Noise added to the latents in training, in units of their spread: the decoder shall forgive small errors."""
 POSTERIOR_NOISE = 0.05
 """Spread of the posterior that the finished encoder reports, in the same unit."""
@@ -103,7 +105,7 @@ def train(parameters: list[nn.Parameter], step: Callable[[int], Tensor], steps: 
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        mean = loss.item() if index == 0 else 0.98 * mean + 0.02 * loss.item()
+        mean = loss.item() if index == 0 else 0.95 * mean + 0.05 * loss.item()
         if index % 50 == 49:
             print(f"autoencoder {index + 1}/{steps} loss {mean:.4f}", flush=True)
 
@@ -112,12 +114,13 @@ def train_both(vae: AutoencoderKL, rng: random.Random, steps: int) -> None:
     """Trains encoder and decoder; latents are brought to unit power on the way, so that the noise has a meaning."""
 
     def step(index: int) -> Tensor:
-        images = batch(rng, 2, SIZE // 2) if index % 4 else batch(rng, 1, SIZE)
+        size = SIZES[index % len(SIZES)]
+        images = batch(rng, max(1, PIXELS // size**2), size)
         latents = vae.encoder(images)[:, :CHANNELS]
         latents = latents / latents.square().mean().sqrt()
         return distance(vae.decoder(noisy(latents)), images)
 
-    train(list(vae.parameters()), step, steps, 2e-3)
+    train(list(vae.parameters()), step, steps, 1e-3)
 
 
 @torch.no_grad()

@@ -199,7 +199,7 @@ def load_pixels(
         seen = f"it was {original}, now it is {Size(*upright.size)}"
         raise DataError(f"the image has changed since the start: {seen}", path, "start again", code="E-IMAGE")
     pixels = _fitted(np.asarray(upright), assignment, interpolation)
-    return np.ascontiguousarray(pixels[:, ::-1] if mirrored else pixels)
+    return np.require(pixels[:, ::-1] if mirrored else pixels, requirements=["C", "W"])
 
 
 def _rgb(image: Image.Image) -> Image.Image:

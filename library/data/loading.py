@@ -103,7 +103,7 @@ class Loader:
 
     def _loaded(self, shares: Sequence[Share]) -> Iterator[tuple[Share, list[Sample], Tensor, Cond | None]]:
         """Shares with latents or pixels, and text outputs."""
-        if self._pool is None:
+        if self._pool is None or self.data.latents is not None:
             yield from _ahead(self._load, shares)
             return
         self._jobs.samples = (samples_of(self.data, share) for share in shares)
@@ -145,7 +145,7 @@ class Loader:
             size=items[0].assignment.bucket,
             original_sizes=[item.original for item in items],
             crops=[_crop(sample) for sample in samples],
-            multiplier=settings.network_multiplier,
+            multiplier=float(settings.network_multiplier),
             attributes=[dict(item.subset.custom_attributes) for item in items],
             completes_step=share.completes_step,
             epoch=share.epoch,

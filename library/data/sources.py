@@ -108,7 +108,7 @@ class _Folder:
 
     def __post_init__(self) -> None:
         self.names = {os.path.normcase(name): name for name in (*self.content.images, *self.content.others)}
-        self.stems = Counter(_stem(name) for name in self.content.images)
+        self.stems = Counter(os.path.normcase(_stem(name)) for name in self.content.images)
 
 
 def scan(
@@ -243,7 +243,7 @@ def _add_subset(
                 orientation=header.orientation,
                 file_bytes=header.file_bytes,
                 mtime_ns=header.mtime_ns,
-                shares_stem=folder.stems[_stem(name)] > 1,
+                shares_stem=folder.stems[os.path.normcase(_stem(name))] > 1,
             )
         )
     result.findings += _caption_findings(report, folder, allow_missing)
@@ -273,7 +273,7 @@ def _caption_findings(report: SubsetReport, folder: _Folder, allow_missing: bool
         suffix
         for name in folder.content.others
         for stem, suffix in [os.path.splitext(name)]  # noqa: PTH122 - many names
-        if suffix.lower() in captions.TEXT_SUFFIXES and suffix != extension and stem in folder.stems
+        if suffix.lower() in captions.TEXT_SUFFIXES and suffix != extension and os.path.normcase(stem) in folder.stems
     )
     count, place = len(report.without_file), folder.path
     if beside and count == report.images:

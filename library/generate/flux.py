@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,10 @@ from library.generate.session import Session
 from library.log import UserError, get_logger
 from library.models import quantized
 from library.option_groups import FluxInferenceOptions, InferenceExtraOptions
-from library.sampling import SampleRequest, sample, to_image
+from library.sampling import SampleRequest, to_image
+from library.sampling import generate as sample
 from library.types import Cond
-from networks import lora_flux
+from networks import lora_flux, reading
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -87,7 +88,10 @@ class Painter:
     keep_encoders: bool = True
     """False: the text encoders are dropped after use, where only one prompt comes."""
     _parts: dict[str, nn.Module] = field(default_factory=dict)
-    _networks: dict[str, list[Any]] = field(default_factory=dict)
+    _networks: dict[str, list[tuple[int, Any]]] = field(default_factory=dict)
+    """By part; each with the position of its file among the networks."""
+    _fitting: set[int] = field(default_factory=set)
+    """Networks that changed something so far."""
 
     def render(self, request: SampleRequest) -> Image.Image:
         """The image of a request."""
@@ -115,12 +119,11 @@ class Painter:
             logger.warning("the networks are merged into the model; their multipliers can't be changed any more")
             return
         self.loras = [replace(lora, multiplier=value) for lora, value in zip(self.loras, multipliers, strict=False)]
-        for networks in self._networks.values():
-            for network, lora in zip(networks, self.loras, strict=True):
-                network.set_multiplier(lora.multiplier)
+        for number, network in chain.from_iterable(self._networks.values()):
+            network.set_multiplier(self.loras[number].multiplier)
 
     def _encode(self, request: SampleRequest) -> tuple[Cond, Cond | None]:
-        prompts = [request.prompt] + ([request.negative_prompt or ""] if request.cfg != 1.0 else [])
+        prompts = [request.prompt, *([] if request.negative is None else [request.negative])]
         conds: list[Cond] = [{} for _ in prompts]
         for name in self.family.encoder_names:
             with self._in_use(name) as encoder, torch.no_grad(), self._precision(getattr(self.dtypes, name)):
@@ -164,22 +167,30 @@ class Painter:
         return quantized.store_linears(module, dtype) if quantized.is_float8(dtype) else module
 
     def _attach(self, name: str) -> None:
-        """Applies or merges the networks to one part; a part without keys in a file is left alone."""
+        """Applies or merges the networks to one part, each as far as it has weights for it.
+
+        Errors: DataError, with the last part, for a network that fits none.
+        """
         module = self._parts[name]
         encoders = [module if name == encoder else None for encoder in self.family.encoder_names]
         denoiser = module if name == "flux" else None
         networks = []
-        for lora in self.loras:
-            network, weights = lora_flux.create_network_from_weights(
-                lora.multiplier, lora.path, None, encoders, denoiser, for_inference=True
+        for number, lora in enumerate(self.loras):
+            weights = reading.read_weights(lora.path)
+            own = lora_flux.weights_for(weights, encoders, denoiser)
+            self._fitting |= {number} if own else set()
+            if not own and (denoiser is None or number in self._fitting):
+                continue
+            network, _ = lora_flux.create_network_from_weights(
+                lora.multiplier, lora.path, None, encoders, denoiser, own or weights, for_inference=True
             )
             if self.merge:
-                network.merge_to(encoders, denoiser, weights, getattr(self.dtypes, name), self.device)
+                network.merge_to(encoders, denoiser, own, None, None)
                 continue
             network.apply_to(encoders, denoiser, name != "flux", name == "flux")
-            network.load_weights(lora.path)
+            network.load_tensors(own, lora.path)
             network.to(self.device).eval().requires_grad_(False)
-            networks.append(network)
+            networks.append((number, network))
         if networks:
             self._networks[name] = networks
 
@@ -216,18 +227,15 @@ def generate(options: Options) -> None:
         seed=group.seed,
         steps=group.steps or STEPS[family.embeds_guidance],
         guidance=group.guidance,
-        cfg=group.cfg_scale if group.negative_prompt is not None else 1.0,
+        cfg=1.0 if group.negative_prompt is None else group.cfg_scale,
     )
+    if group.cfg_scale != 1.0 and group.negative_prompt is None and not group.interactive:
+        logger.warning("--cfg_scale does nothing without --negative_prompt; an empty one will do")
     session = Session(painter.render, Path(group.output_dir), set_multipliers=painter.set_multipliers)
     if group.interactive:
         session.run_interactive(first_request)
     else:
         session.run([first_request])
-
-
-def random_seed() -> int:
-    """A seed for a request that has none."""
-    return random.SystemRandom().getrandbits(32)
 
 
 def _refuse_nan(cond: Cond) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from library import files
 from library.log import UserError, get_logger
@@ -96,7 +97,7 @@ class Adapter(Method):
         self._encoders = self._trained_encoders()
         if not self.trains_denoiser and not self._encoders:
             raise UserError("nothing would be trained", "; ".join(self.frozen().values()), code="E-NOTHING")
-        self._merged: set[str] = set()
+        self._merged: WeakSet[nn.Module] = WeakSet()
         self._network: Any = None
         self._groups: list[ParamGroup] | None = None
 
@@ -155,12 +156,13 @@ class Adapter(Method):
 
     def loaded(self, models: Models) -> None:
         """Merges the files of `--base_weights` into the parts that are there, each part once."""
-        fresh = {DENOISER} if models.denoiser is not None else set()
-        fresh = (fresh | set(models.encoders)) - self._merged
-        if not self.options.base_weights or not fresh:
+        if not self.options.base_weights:
             return
-        denoiser = models.denoiser if DENOISER in fresh else None
-        encoders = self._encoder_argument({name: part for name, part in models.encoders.items() if name in fresh})
+        denoiser = None if models.denoiser in self._merged else models.denoiser
+        fresh = {name: part for name, part in models.encoders.items() if part not in self._merged}
+        if denoiser is None and not fresh:
+            return
+        encoders = self._encoder_argument(fresh)
         multipliers = list(self.options.base_weights_multiplier or ())
         for index, path in enumerate(self.options.base_weights):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
@@ -171,7 +173,7 @@ class Adapter(Method):
                 raise UserError("this network kind can't be merged", f"--base_weights {path}", code="E-NETWORK-MERGE")
             network.merge_to(encoders, denoiser, weights, None, None)
             logger.info("merged %s with %g into the base model", path, multiplier)
-        self._merged |= fresh
+        self._merged.update(part for part in (denoiser, *fresh.values()) if part is not None)
 
     def attach(self, models: Models) -> None:
         """Freezes the model and hooks the network onto it."""

@@ -46,6 +46,8 @@ class TrainedRow:
     """One line of the table of what is trained."""
 
     component: str
+    group: str
+    """Name of the parameter group, as in logs."""
     tensors: int
     parameters: int
     lr: str
@@ -197,7 +199,8 @@ def trained_table(groups: Sequence[ParamGroup], frozen: Mapping[str, str] | None
     """What is trained at which rate, and what isn't: one row for each group, and one for each frozen component."""
     rows = [
         TrainedRow(
-            component=group.component if group.name == group.component else f"{group.component} ({group.name})",
+            component=group.component,
+            group=group.name,
             tensors=len(group.params),
             parameters=sum(parameter.numel() for parameter in group.params),
             lr=f"{group.lr:g}",
@@ -206,17 +209,18 @@ def trained_table(groups: Sequence[ParamGroup], frozen: Mapping[str, str] | None
         )
         for group in groups
     ]
-    return rows + [TrainedRow(name, 0, 0, "frozen", reason, "-") for name, reason in (frozen or {}).items()]
+    return rows + [TrainedRow(name, "-", 0, 0, "frozen", reason, "-") for name, reason in (frozen or {}).items()]
 
 
 def table_lines(rows: Sequence[TrainedRow]) -> list[str]:
     """The table as text for people."""
-    cells = [("trained", "tensors", "parameters", "learning rate", "from", "dtype")]
+    cells = [("component", "group", "tensors", "parameters", "learning rate", "from", "dtype")]
     cells += [
-        (row.component, f"{row.tensors:,}", f"{row.parameters:,}", row.lr, row.lr_source, row.dtype) for row in rows
+        (row.component, row.group, f"{row.tensors:,}", f"{row.parameters:,}", row.lr, row.lr_source, row.dtype)
+        for row in rows
     ]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    numeric = (False, True, True, True, False, False)
+    numeric = (False, False, True, True, True, False, False)
     return [
         "  ".join(
             cell.rjust(width) if right else cell.ljust(width)

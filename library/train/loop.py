@@ -59,8 +59,7 @@ def fit(run: Run) -> None:
             state.saw(batch, loss.detach())
             if not batch.completes_step:
                 continue
-            metrics = run.stepper.step()
-            state.stepped({**metrics, **run.method.after_step(state.step + 1)})
+            state.stepped(run.stepper.step(state.step + 1))
             for observer in run.observers:
                 observer.after_step(state)
             if state.finished:

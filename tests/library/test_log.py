@@ -81,6 +81,10 @@ def test_several_mistakes_are_one_error(capsys: pytest.CaptureFixture[str]) -> N
     assert alone.value is first
     with pytest.raises(CombinedError) as both:
         raise_all([first, second])
+    assert not isinstance(both.value, DataError)
+    with pytest.raises(DataError) as data:
+        raise_all([second, second])
+    assert data.value.exit_code == 3
     assert run(both.value) == 2
     assert capsys.readouterr().err.splitlines() == ["error[E-A]: a - x:1", "error[E-B]: b - x:2"]
 

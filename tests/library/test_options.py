@@ -18,6 +18,7 @@ from library.option_groups import (
     FLUX_TRAIN,
     FLUX_TRAIN_NETWORK,
     SHOW_METADATA,
+    CacheOptions,
     CaptionOptions,
     DatasetOptions,
     FluxInferenceOptions,
@@ -506,12 +507,11 @@ def test_secrets_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ["--deepspeed"],
         ["--fp8_base"],
         ["--weighted_captions"],
-        ["--save_model_as", "ckpt"],
     ],
 )
 def test_refused_options(argv: list[str]) -> None:
     error = wrong(*argv)
-    assert error.code == ("E-REFUSED" if argv[0] in ("--weighted_captions", "--save_model_as") else "E-LATER")
+    assert error.code == ("E-REFUSED" if argv[0] in ("--weighted_captions",) else "E-LATER")
     assert error.where == argv[0]
     assert error.hint
 
@@ -564,6 +564,13 @@ def test_caching_takes_a_trainer_s_options(script: object, caplog: pytest.LogCap
     assert options[PrecisionOptions].mixed_precision == "bf16"
     [record] = caplog.records
     assert record.getMessage().endswith("max_train_steps, loss_type, output_dir (nothing is trained)")
+
+
+def test_old_names(caplog: pytest.LogCaptureFixture) -> None:
+    options = parse(FLUX_TRAIN, ["--skip_latents_validity_check"])
+    assert options[CacheOptions].skip_cache_check
+    assert options.where("skip_cache_check") == "--skip_latents_validity_check"
+    assert caplog.messages == ["--skip_latents_validity_check is now called --skip_cache_check"]
 
 
 # copies

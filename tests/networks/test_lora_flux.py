@@ -21,7 +21,9 @@ from tests.networks import tiny_models
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-def network(multiplier: float = 1.0, *, t5: nn.Module | None = None, **arguments: object) -> tuple[Network, Flux, nn.Module]:
+def network(
+    multiplier: float = 1.0, *, t5: nn.Module | None = None, **arguments: object
+) -> tuple[Network, Flux, nn.Module]:
     model, clip = tiny_models.flux(), tiny_models.clip_l()
     torch.manual_seed(7)
     made = create_network(multiplier, 4, 2.0, None, [clip, t5], model, **arguments)  # type: ignore[arg-type]
@@ -107,7 +109,9 @@ def test_merged_equals_applied(tmp_path: Path) -> None:
     torch.testing.assert_close(clip_says(clip), applied_text, rtol=1e-5, atol=1e-5)
     again.set_multiplier(-0.7)
     again.merge_to()
-    torch.testing.assert_close(model.double_blocks[0].img_mlp[0].weight, tiny_models.flux().double_blocks[0].img_mlp[0].weight)
+    torch.testing.assert_close(
+        model.double_blocks[0].img_mlp[0].weight, tiny_models.flux().double_blocks[0].img_mlp[0].weight
+    )
 
 
 def test_a_file_reads_back_bit_for_bit(tmp_path: Path) -> None:

@@ -212,6 +212,6 @@ def test_loading_takes_any_alpha_and_4d_matrices() -> None:
         assert made.scale == scale
         assert torch.equal(made.lora_down.weight, down)
     with pytest.raises(DataError, match="dim_from_weights"):
-        made.load({"lora_down.weight": torch.randn(3, 6)})
+        made.load({"lora_down.weight": torch.randn(3, 6), "lora_up.weight": up})
     made.load_state_dict({**made.state_dict(), "alpha": torch.tensor(2)})
     assert made.scale == 0.5

@@ -15,7 +15,7 @@ from PIL import Image
 
 from library.data import cache
 from library.data.dataset import TrainingData
-from library.log import DataError
+from library.log import DataError, UserError
 
 FOUR = {"a.png": (96, 64), "b.png": (64, 96), "c.png": (64, 64), "d.png": (128, 64)}
 CAPTIONS = {f"{name}.txt": f"caption {name}" for name in "abcd"}
@@ -191,9 +191,9 @@ def test_file_that_breaks_during_training_is_named(fill, folder):
     data, _, _ = fill(toml(folder))
     (folder / "a_0096x0064_flux.npz").write_bytes(b"x")
     (folder / "a_flux_te.npz").unlink()
-    with pytest.raises(DataError, match="a_0096x0064_flux.npz"):
+    with pytest.raises(DataError, match=r"a_0096x0064_flux\.npz"):
         data.latents.load(0, False)
-    with pytest.raises(DataError, match="a_flux_te.npz"):
+    with pytest.raises(DataError, match=r"a_flux_te\.npz"):
         data.cond.load(0)
 
 
@@ -286,7 +286,7 @@ def test_all_images_that_break_while_decoding_are_named(training_data, make_imag
         content = bytearray((folder / name).read_bytes())
         content[len(content) // 2] ^= 255
         (folder / name).write_bytes(content)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         cache.fill_latents(data, vae, "v", batch_size=4, visible=False)
     assert len(caught.value.lines()) == 2
     assert "1.png" in str(caught.value)
@@ -352,7 +352,7 @@ def test_check_tells_what_a_run_will_need(training_data, folder, vae):
 
 
 def test_encoder_is_kept_busy(training_data, make_images, tmp_path):
-    folder = make_images(tmp_path / "a", {f"{number}.png": (256, 256) for number in range(60)})
+    folder = make_images(tmp_path / "a", {f"{number}.png": (256, 256) for number in range(30)})
     data = training_data(toml(folder))
 
     def encode(pixels, seeds):
@@ -361,4 +361,4 @@ def test_encoder_is_kept_busy(training_data, make_images, tmp_path):
 
     started = time.perf_counter()
     cache.fill_latents(data, encode, "v", visible=False)
-    assert time.perf_counter() - started < 60 * 0.02 * 2.5  # 1.2 on an idle machine
+    assert time.perf_counter() - started < 30 * 0.02 * 2.5  # 1.2 on an idle machine

@@ -164,7 +164,9 @@ def test_rms_norm_of_half_precision_is_reckoned_in_float32() -> None:
     x = 200 * torch.randn(5, 3, 32)
     norm = RMSNorm(32)
     norm.scale.data = torch.rand(32)
-    expected = (x.bfloat16().float() / x.bfloat16().float().square().mean(-1, keepdim=True).add(1e-6).sqrt()) * norm.scale
+    expected = (
+        x.bfloat16().float() / x.bfloat16().float().square().mean(-1, keepdim=True).add(1e-6).sqrt()
+    ) * norm.scale
     torch.testing.assert_close(norm(x.bfloat16()).float(), expected, rtol=1.6e-2, atol=1e-2)
     assert norm(x.half()).isfinite().all()  # squares would overflow in float16
 

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -33,6 +34,7 @@ def test_later_reads_again_and_again():
     assert later.read() == later.read() == [1.0]
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
@@ -60,7 +62,7 @@ def test_two_processes(tmp_path):
 
 def _process(rank: int, folder: Path, answers: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=2)
     try:
         answers.put((rank, _meet(rank, folder)))
     finally:

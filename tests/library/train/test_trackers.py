@@ -189,7 +189,8 @@ def test_wandb_sees_no_command_line(monkeypatch, tmp_path):
     assert fake.key == "SECRET"
     assert fake.arguments["project"] == "network_train"
     assert fake.arguments["name"] == "first"
-    assert fake.arguments["settings"] == {"x_disable_meta": True}
+    assert fake.arguments["settings"]["x_disable_meta"]
+    assert fake.arguments["settings"]["console"] == "off"
     assert fake.arguments["config"] == {"t5xxl": "t5.safetensors"}
     trackers = Trackers(trackers=[tracker], progress=Quiet(total=3))
     trackers.picture("sample_0", Image.new("RGB", (8, 8)), "a cat", 3)

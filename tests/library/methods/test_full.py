@@ -1,0 +1,57 @@
+"""Training of the whole denoiser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from library import files, options
+from library.log import UserError
+from library.methods.full import Full
+from library.option_groups import FLUX_TRAIN
+from library.types import Models
+
+
+def test_everything_moves_and_is_saved(tmp_path: Path) -> None:
+    denoiser = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)).requires_grad_(False).eval()
+    encoder = nn.Linear(2, 2)
+    method = Full(0.1, "--learning_rate", torch.float32, ["clip_l"])
+    method.attach(Models(denoiser=denoiser, encoders={"clip_l": encoder}))
+    method.prepare(SimpleNamespace(num_processes=1, device="cpu"), Models(denoiser=denoiser))
+    assert denoiser.training
+    (group,) = method.param_groups()
+    assert {id(parameter) for parameter in group.params} == {id(parameter) for parameter in denoiser.parameters()}
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+    denoiser(encoder(torch.ones(1, 2))).sum().backward()
+    torch.optim.SGD([group.for_optimizer()]).step()
+    assert not any(torch.equal(before[name], tensor) for name, tensor in method.state_dict().items())
+    method.save(tmp_path / "m.safetensors", torch.bfloat16, {"modelspec.title": "t"})
+    saved = files.header(tmp_path / "m.safetensors")
+    assert {info.dtype for info in saved.tensors.values()} == {"BF16"}
+    assert set(saved.tensors) == set(before)
+    method.load_state_dict(before)
+    assert torch.equal(denoiser[0].weight, before["0.weight"])
+    method.train_mode(False)
+    assert not denoiser.training
+
+
+def test_weights_are_kept_in_the_type_of_the_options() -> None:
+    for flags, dtype in (([], torch.float32), (["--full_bf16", "--mixed_precision", "bf16"], torch.bfloat16)):
+        chosen = options.parse(FLUX_TRAIN, ["--learning_rate", "1e-4", *flags])
+        method = Full.from_options(chosen, ["clip_l"])
+        denoiser = nn.Linear(2, 2, dtype=torch.float16)
+        method.attach(Models(denoiser=denoiser))
+        assert denoiser.weight.dtype == dtype
+        assert method.param_groups()[0].lr_source == "--learning_rate"
+        assert method.param_groups()[0].lr == 1e-4
+        assert set(method.frozen()) == {"clip_l"}
+
+
+def test_rate_zero_is_an_error() -> None:
+    with pytest.raises(UserError, match="nothing would be trained"):
+        Full(0.0, "--learning_rate", torch.float32)

@@ -1,0 +1,175 @@
+"""The documentation is true: its commands parse, its tables are current, its links lead somewhere, no error is left out."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from library.data import config
+from library.log import SeveralErrors, UserError
+from library.option_docs import renew
+from library.option_groups import FLUX_TRAIN_NETWORK, SCRIPTS
+from library.option_types import Script
+from library.options import parse
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "benchmarks" / "README.md"])
+PROGRAMS = {"pip", "pytest", "git", "ruff", "mypy"}
+"""What commands may begin with, besides python and accelerate."""
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The commands of all shell blocks, in words."""
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words:
+                end = words.index("&&") if "&&" in words else len(words)
+                yield words[:end]
+                words = words[end + 1 :]
+
+
+def program(words: list[str]) -> tuple[str, list[str]]:
+    """The file or module that a command runs, and its arguments; options of the launcher are left out."""
+    if words[0] == "accelerate":
+        assert words[1] == "launch", words
+        at = next(index for index, word in enumerate(words) if word.endswith(".py"))
+        assert all(word.startswith("--") or word.isdigit() for word in words[2:at]), words[:at]
+        return words[at], words[at + 1 :]
+    assert words[0] == "python", words
+    return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+
+
+def script_of(path: str) -> Script | None:
+    """The script that a path names."""
+    return next((script for script in SCRIPTS if script.name == path), None)
+
+
+def with_config_file(arguments: list[str], folder: Path) -> list[str]:
+    """The arguments with a config file that can be read: ours, or an empty one where the reader has their own."""
+    found = list(arguments)
+    for index, word in enumerate(arguments):
+        if word == "--config_file":
+            ours = ROOT / arguments[index + 1]
+            if not arguments[index + 1].startswith("examples/"):
+                ours = folder / "empty.toml"
+                ours.write_text("", encoding="utf-8")
+            assert ours.is_file(), f"{arguments[index + 1]} isn't there"
+            found[index + 1] = str(ours)
+    return found
+
+
+@each_page
+def test_commands_parse(page: Path, tmp_path: Path) -> None:
+    for words in commands(page):
+        if words[0] in PROGRAMS:
+            continue
+        name, arguments = program(words)
+        script = script_of(name)
+        if script is None:
+            file = ROOT / (name if name.endswith(".py") else name.replace(".", "/") + ".py")
+            assert file.is_file() or not name.endswith(".py"), f"{name} isn't there"
+            assert name.startswith(("benchmarks/", "examples/", "library.", "venv")), name
+            continue
+        assert (ROOT / name).is_file(), name
+        try:
+            parse(script, with_config_file(arguments, tmp_path))
+        except UserError as error:
+            pytest.fail(f"{page.name}: {shlex.join(words)}\n{error}")
+
+
+@each_page
+def test_dataset_files_are_accepted(page: Path, tmp_path: Path) -> None:
+    for number, block in enumerate(blocks(page, "toml")):
+        if "[[datasets]]" not in block:
+            continue
+        file = tmp_path / f"{number}.toml"
+        file.write_text(block, encoding="utf-8")
+        found = config.load(parse(FLUX_TRAIN_NETWORK, ["--dataset_config", str(file)]))
+        assert found.datasets
+        assert not found.findings
+
+
+@each_page
+def test_option_tables_are_current(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert renew(text) == text, "run python -m library.option_docs"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=[Path(script.name).stem for script in SCRIPTS])
+def test_each_script_has_a_page_with_its_options_and_a_command(script: Script) -> None:
+    marker = f"<!-- options:{Path(script.name).stem}:begin -->"
+    assert [page.name for page in PAGES if marker in page.read_text(encoding="utf-8")]
+    assert any(words[0] not in PROGRAMS and program(words)[0] == script.name for page in PAGES for words in commands(page))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that the headings of a page get."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name} links to {target}"
+
+
+@cache
+def codes_in_use() -> frozenset[str]:
+    """The codes of all errors: arguments, defaults of parameters and constants in the source."""
+    found: set[str] = set()
+    for package in ("library", "networks", "tools"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                found |= {value for value in constants(node) if re.fullmatch(r"E(-[A-Z0-9]+)+", value)}
+    return frozenset(found)
+
+
+def constants(node: ast.AST) -> Iterator[str]:
+    """Text that a node hands over as it stands."""
+    values: list[ast.expr | None] = []
+    if isinstance(node, ast.Call):
+        values = [*node.args, *(keyword.value for keyword in node.keywords)]
+    elif isinstance(node, ast.arguments):
+        values = [*node.defaults, *node.kw_defaults]
+    elif isinstance(node, ast.Assign | ast.AnnAssign):
+        values = [node.value]
+    for value in values:
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            yield value.value
+
+
+def test_each_error_code_is_explained() -> None:
+    catalogue = (DOCS / "troubleshooting.md").read_text(encoding="utf-8").partition("## Error codes")[2]
+    explained = set(re.findall(r"`(E-[A-Z0-9-]+)`", catalogue))
+    assert codes_in_use() - explained == set(), "not explained in docs/troubleshooting.md"
+    assert explained - codes_in_use() == set(), "explained, but nothing says it any more"
+
+
+def test_a_wrong_command_is_noticed() -> None:
+    with pytest.raises(UserError, match="unknown option --network_dimm"):
+        parse(FLUX_TRAIN_NETWORK, ["--network_dimm", "4"])
+    assert issubclass(SeveralErrors, UserError)
