@@ -136,6 +136,8 @@ class Assembled:
 def assemble(job: Job, conditions: Conditions, state_folder: Path | None) -> Assembled:
     """The run of a job, at the place of its state where there is one."""
     options, method, ranks = job.options, job.method, job.ranks
+    denoiser = conditions.models.denoiser
+    assert denoiser is not None
     groups = method.param_groups()
     built = optimizers.create(
         options[OptimizerOptions], [group.for_optimizer() for group in groups], options[ScheduleOptions].lr_scheduler
@@ -164,7 +166,9 @@ def assemble(job: Job, conditions: Conditions, state_folder: Path | None) -> Ass
         ranks=ranks,
     )
     _go_on(job, parts, state_folder)
-    trackers = _trackers(job, built.optimizer, [group.name for group in groups])
+    for _ in range(state.step if state_folder is None else 0):  # --initial_step without a state
+        scheduler.step()
+    trackers = _trackers(job, stepper, built.optimizer, [group.name for group in groups])
     record = Record(options, job.family, method, job.data, job.plan, built.name)
     previews = _previews(job, conditions, stepper, trackers)
     uploads = Uploads(options[HubOptions])
@@ -179,7 +183,7 @@ def assemble(job: Job, conditions: Conditions, state_folder: Path | None) -> Ass
         family=job.family,
         method=method,
         objective=job.family.objective(),
-        models=conditions.models,
+        denoiser=denoiser,
         batches=partial(_batches, job, bool(conditions.models.encoders)),
         cond=conditions.of_batch,
         latents=conditions.latents,
@@ -239,14 +243,14 @@ def _go_on(job: Job, parts: Parts, state_folder: Path | None) -> None:
         )
 
 
-def _trackers(job: Job, optimizer: torch.optim.Optimizer, names: list[str]) -> Trackers:
+def _trackers(job: Job, stepper: Stepper, optimizer: torch.optim.Optimizer, names: list[str]) -> Trackers:
     project = "network_train" if job.options.has(NetworkOptions) else "finetuning"
     return Trackers(
         trackers=open_trackers(
             job.options[TrackerOptions], config=job.options.public(), project=project, ranks=job.ranks
         ),
         progress=ProgressLine(total=job.plan.total_steps),
-        rates=lambda: learning_rates(optimizer.param_groups, names),
+        rates=lambda: learning_rates(optimizer.param_groups, names, stepper.learning_rates),
         ranks=job.ranks,
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from library.data import config
-from library.log import SeveralErrors, UserError
+from library.log import UserError
 from library.option_docs import renew
 from library.option_groups import FLUX_TRAIN_NETWORK, SCRIPTS
 from library.option_types import Script
@@ -172,4 +172,3 @@ def test_each_error_code_is_explained() -> None:
 def test_a_wrong_command_is_noticed() -> None:
     with pytest.raises(UserError, match="unknown option --network_dimm"):
         parse(FLUX_TRAIN_NETWORK, ["--network_dimm", "4"])
-    assert issubclass(SeveralErrors, UserError)

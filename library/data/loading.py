@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -94,6 +95,7 @@ class Loader:
                 num_workers=self.workers,
                 persistent_workers=persistent,
                 collate_fn=_as_it_is,
+                worker_init_fn=_ignore_interrupts,
             )
 
     def batches(self, shares: Sequence[Share], tokenize: Tokenize | None) -> Iterator[Batch]:
@@ -161,6 +163,11 @@ class _Jobs:
 
     def __iter__(self) -> Iterator[list[Sample]]:
         return iter(self.samples)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the worker processes too, but only the main process decides what happens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(value: Any) -> Any:

@@ -99,6 +99,7 @@ class Adapter(Method):
             raise UserError("nothing would be trained", "; ".join(self.frozen().values()), code="E-NOTHING")
         self._merged: WeakSet[nn.Module] = WeakSet()
         self._network: Any = None
+        self._multiplier = 1.0
         self._groups: list[ParamGroup] | None = None
 
     @classmethod
@@ -304,11 +305,12 @@ class Adapter(Method):
 
     def before_batch(self, batch: Batch) -> None:
         """Sets the strength of the network that the batch's dataset wants."""
-        if batch.multiplier != getattr(self.network, "multiplier", 1.0):
+        if batch.multiplier != self._multiplier:
             if not hasattr(self.network, "set_multiplier"):
                 what = f"a network_multiplier of {batch.multiplier:g}"
                 raise UserError(what, "dataset config", f"{self.options.network_module} doesn't support it")
             self.network.set_multiplier(batch.multiplier)
+            self._multiplier = batch.multiplier
 
     def after_step(self, step: int) -> dict[str, Tensor | float]:
         """Keeps the norms below `--scale_weight_norms`."""

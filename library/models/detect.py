@@ -163,10 +163,10 @@ def _flux(names: _Names) -> Kind | None:
         return Kind("flux2", "a FLUX.2 transformer", hint="this project trains FLUX.1")
     if names.contains("distilled_guidance_layer."):
         return Kind("chroma", "a Chroma transformer", hint="this project trains FLUX.1-dev and -schnell")
-    if names.size("img_in.weight", 1) != names.size("final_layer.linear.weight", 0):
-        what = "a FLUX.1 transformer with extra image inputs (Fill, Depth, Canny)"
-        return Kind("flux_tools", what, hint="this project trains FLUX.1-dev and -schnell")
     if names.has("double_blocks.0.img_attn.norm.key_norm.scale"):
+        if names.size("img_in.weight", 1) != names.size("final_layer.linear.weight", 0):
+            what = "a FLUX.1 transformer with extra image inputs (Fill, Depth, Canny)"
+            return Kind("flux_tools", what, hint="this project trains FLUX.1-dev and -schnell")
         variant = "dev" if names.has("guidance_in.in_layer.weight") else "schnell"
         if names.starts("text_encoders.", "vae."):
             return Kind("flux", f"a FLUX.1-{variant} checkpoint with everything in it", ("flux", "flux_ae"))

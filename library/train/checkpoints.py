@@ -159,6 +159,9 @@ class Checkpoints:
         self._failed_last = False
         if not wants_model and not wants_state:
             return
+        if not final and not state.is_sound():
+            logger.warning("step %d was not finite: %s is not saved", state.step, stem)
+            return
         watch.heartbeat(f"saving {stem}")
         if not self._attempt(self._refuse_nonfinite, model_path):
             self._failed_last = True

@@ -23,11 +23,6 @@ ECHO_SECONDS = 1.0
 POLL_SECONDS = 1.0
 
 
-def ignore_interrupts(worker: int = 0) -> None:
-    """For the data loader's workers: Ctrl-C reaches them too, but only the main process decides what happens."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 @dataclass(kw_only=True)
 class Control:
     """Listens while it is entered, and puts what was asked for into `RunState.requests` after each step.

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from library.randomness import Draws
-from library.types import Batch, Cond, Models
+from library.types import Batch, Cond
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from library.families.base import Family
     from library.methods.base import Method
@@ -37,7 +37,7 @@ class Run:
     family: Family
     method: Method
     objective: Objective
-    models: Models
+    denoiser: nn.Module
     batches: Callable[[int, int], Iterable[Batch]]
     """The micro-batches of this process in an epoch (from 1), from a position on."""
     cond: Callable[[Batch], Cond]
@@ -75,7 +75,7 @@ def batch_loss(run: Run, batch: Batch) -> Tensor:
     with run.accelerator.autocast():
         cond = run.cond(batch)
         noised = run.objective.noise(run.latents(batch), Draws(batch.draws, run.accelerator.device))
-        prediction = run.family.predict(run.models.denoiser, noised.input, noised.timesteps, cond)
+        prediction = run.family.predict(run.denoiser, noised.input, noised.timesteps, cond)
         noised = run.method.target(noised, batch, cond)
     losses = run.objective.loss(prediction.float(), noised, batch.mask)
     return (losses * batch.loss_weights).sum()

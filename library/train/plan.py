@@ -8,6 +8,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from library.log import UserError
+from library.train.schedules import resolved_steps
 
 if TYPE_CHECKING:
     from library.option_groups import LengthOptions, SampleOptions, SaveOptions, ScheduleOptions, StateOptions
@@ -165,8 +166,8 @@ def make_plan(
         total_steps=total_steps,
         epochs=epochs,
         limit=limit,
-        warmup_steps=count_of(schedule.lr_warmup_steps, total_steps, "--lr_warmup_steps") if schedule else 0,
-        decay_steps=count_of(schedule.lr_decay_steps, total_steps, "--lr_decay_steps") if schedule else 0,
+        warmup_steps=resolved_steps(schedule.lr_warmup_steps, total_steps, "--lr_warmup_steps") if schedule else 0,
+        decay_steps=resolved_steps(schedule.lr_decay_steps, total_steps, "--lr_decay_steps") if schedule else 0,
         save_every_epochs=saving.every_epochs,
         epoch_saves=saving.epoch_saves,
         step_saves=saving.step_saves,
@@ -178,22 +179,6 @@ def make_plan(
         state_bytes=state_bytes,
         cache_bytes=cache_bytes,
     )
-
-
-def count_of(value: float | int | None, total: int, option: str) -> int:
-    """Steps meant by an option that takes a count or, below 1, a fraction of the total.
-
-    Errors: UserError for a negative number and for a fraction above 1.
-    """
-    if value is None:
-        return 0
-    if value < 0:
-        raise UserError(f"a negative number of steps: {value}", option, "give a count, or a fraction below 1")
-    if value < 1:
-        return int(value * total)
-    if value != int(value):
-        raise UserError(f"{value} is neither a count nor a fraction below 1", option, f"give {round(value)}")
-    return int(value)
 
 
 def epochs_between_saves(save: SaveOptions, epochs: int) -> int | None:

@@ -107,6 +107,12 @@ class LossWindow:
         self._sum, self._names = None, []
         return earlier
 
+    def peek(self) -> list[Mapping[str, float]]:
+        """The loss and the metrics of the steps that are still unread, which stay unread; waits for the device."""
+        for pending in self._pending:
+            pending.numbers = pending.read()
+        return [dict(zip(("loss", *item.metric_names), item.read(), strict=True)) for item in self._pending]
+
     def drain(self) -> list[Reading]:
         """Gives all readings that are left; waits for the device."""
         readings = [self._read(pending) for pending in self._pending]
@@ -123,8 +129,7 @@ class LossWindow:
 
     def state_dict(self) -> dict[str, Any]:
         """The window as JSON values; a step that hasn't been read yet stays unread."""
-        for pending in self._pending:
-            pending.numbers = pending.read()
+        self.peek()
         return {
             "length": self.length,
             "slots": _writable(self._slots),
@@ -248,6 +253,14 @@ class RunState:
     def finish(self) -> None:
         """Reads what is still unread, at the end of the run."""
         self._settle()
+
+    def is_sound(self) -> bool:
+        """Whether the newest step was finite; waits for the device."""
+        unread = self.loss.peek()
+        watched = ("loss", *self.watched)
+        return all(math.isfinite(numbers[name]) for numbers in unread for name in watched if name in numbers) and (
+            bool(unread) or not self.nonfinite_in_a_row
+        )
 
     def _settle(self) -> None:
         self.readings = self.loss.drain()

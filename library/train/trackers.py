@@ -311,13 +311,18 @@ def public_config(values: Mapping[str, object]) -> dict[str, str | int | float |
     return {name: _public(value) for name, value in values.items() if value is not None}
 
 
-def learning_rates(param_groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float]:
-    """Learning rates by tag: `lr/<name>` is what multiplies the update, `lr/d*lr/<name>` comes with an estimated d."""
+def learning_rates(
+    param_groups: Sequence[Mapping[str, Any]], names: Sequence[str], effective: Callable[[], Sequence[float]]
+) -> dict[str, float]:
+    """Learning rates by tag: `lr/<name>` is the scheduled one, `lr/d*lr/<name>` comes with an estimated d.
+
+    `effective` gives what multiplies the updates; it is asked where an optimizer sets its own rate.
+    """
     rates: dict[str, float] = {}
-    for name, group in zip(names, param_groups, strict=True):
+    for number, (name, group) in enumerate(zip(names, param_groups, strict=True)):
         lr = group.get("scheduled_lr") or group.get("lr")
         if lr is None:
-            continue
+            lr = effective()[number]
         rates[f"lr/{name}"] = float(lr)
         if "d" in group:
             rates[f"lr/d*lr/{name}"] = float(group["d"]) * float(lr)

@@ -158,7 +158,7 @@ def test_reading_keeps_ranks_and_leaves_out_what_a_file_has_not() -> None:
 @pytest.mark.parametrize(
     ("names", "meaning"),
     [
-        (["double_blocks.0.img_attn.norm.key_norm.scale", "img_in.weight"], "FLUX.1-schnell transformer"),
+        (["double_blocks.0.img_attn.norm.key_norm.scale"], "FLUX.1-schnell transformer"),
         (["transformer.single_transformer_blocks.0.norm.linear.lora_A.weight"], "Diffusers or PEFT"),
         (["lora_unet_input_blocks_4_1_proj_in.lora_down.weight"], "LoRA for SDXL"),
         (["lora_unet_down_blocks_0_x.lora_down.weight"], "LoRA for SD 1.x or 2.x"),

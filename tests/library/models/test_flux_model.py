@@ -31,7 +31,7 @@ EMBEDDINGS = json.loads((GOLDEN / "flux_embeddings.json").read_text(encoding="ut
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
+    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def inputs(batch: int = 2, length: int = 7) -> dict[str, Tensor]:

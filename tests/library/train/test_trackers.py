@@ -270,10 +270,11 @@ def test_what_trackers_may_see():
 
 def test_learning_rates():
     groups = [{"lr": 0.1}, {"lr": 1.0, "d": 0.01}, {"lr": None}, {"lr": 1.0, "scheduled_lr": 0.25}]
-    assert learning_rates(groups, ["unet", "text", "auto", "free"]) == {
+    assert learning_rates(groups, ["unet", "text", "auto", "free"], lambda: [0, 0, 0.125, 0]) == {
         "lr/unet": 0.1,
         "lr/text": 1.0,
         "lr/d*lr/text": 0.01,
+        "lr/auto": 0.125,
         "lr/free": 0.25,
     }
 
