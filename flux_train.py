@@ -1,4 +1,4 @@
-"""Fine-tunes the whole transformer of FLUX.1. Options: `python flux_train.py --help`, docs/flux_train.md."""
+"""Fine-tunes the whole transformer of FLUX.1. Options: `--help`, docs/flux_train.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains a LoRA or another network on FLUX.1. Options: `python flux_train_network.py --help`, docs/flux_train_network.md."""
+"""Trains a LoRA or another network on FLUX.1. Options: `--help`, docs/flux_train_network.md."""
 
 from __future__ import annotations
 

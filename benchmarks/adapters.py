@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         print(json.dumps(result, indent=2))
     else:
-        print(f"with adapters {result['seconds_with']} s, without {result['seconds_without']} s: ratio {result['ratio']}")
+        print(
+            f"with adapters {result['seconds_with']} s, without {result['seconds_without']} s: ratio {result['ratio']}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks run: a FLUX.1 transformer of any size with random weights, a batch, and the arithmetic it needs."""
+"""What the benchmarks run: a FLUX.1 transformer of any size with random weights, a batch, the arithmetic it needs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from library.models.flux import Flux, FluxConfig, image_ids, patchify, text_ids,
 from library.objectives import Flow, FlowSettings
 from library.randomness import Draws
 from networks.base import Network
-from networks.low_rank import LoraAdapter
 from networks.lora_flux import create_network
+from networks.low_rank import LoraAdapter
 
 LATENT_STRIDE, LATENT_CHANNELS, CELLS_PER_TOKEN = 8, 16, 4
 SMALL = 0.01
@@ -230,7 +230,9 @@ class Timing:
         return median(operations / seconds / rate for seconds, rate in zip(self.seconds, self.rates, strict=True))
 
 
-def measure(clock: Clock, ceiling: Ceiling, runs: Sequence[Callable[[], object]], steps: int, warmup: int) -> list[Timing]:
+def measure(
+    clock: Clock, ceiling: Ceiling, runs: Sequence[Callable[[], object]], steps: int, warmup: int
+) -> list[Timing]:
     """Timings of several things, taken in turns with each other and with the matrix product."""
     for _ in range(warmup):
         for run in runs:

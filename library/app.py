@@ -106,9 +106,7 @@ def cache_text_encoder_outputs(options: Options) -> None:
         job.family.load_tokenizers()
         _cache_text(job, _load_encoders(job, job.family.encoder_names, dtypes))
 
-    _fill_only(
-        options.with_values(cache_text_encoder_outputs=True, cache_text_encoder_outputs_to_disk=True), fill
-    )
+    _fill_only(options.with_values(cache_text_encoder_outputs=True, cache_text_encoder_outputs_to_disk=True), fill)
 
 
 # before a weight is loaded
@@ -194,15 +192,13 @@ def _encode_what_is_cached(job: Job) -> Conditions:
         devices.release_memory()
     else:
         conditions.models.encoders = _load_encoders(job, live)
-    vae = family.load_vae(job.device, job.precision.vae)
+    watch.heartbeat("loading the autoencoder")
+    conditions.models.vae = vae = family.load_vae(job.device, job.precision.vae)
     if options[CacheOptions].cache_latents:
         _cache_latents(job, vae)
-        vae.to("cpu")
-        if not options[SampleOptions].sample_prompts:
-            del vae
-            vae = None
+        conditions.models.vae = vae.to("cpu") if options[SampleOptions].sample_prompts else None
+        del vae
         devices.release_memory()
-    conditions.models.vae = vae
     return conditions
 
 

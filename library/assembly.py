@@ -119,7 +119,9 @@ class Assembled:
         self.previews.begin(self.run.state)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with self._stack:
             if error is not None:
                 return
@@ -144,7 +146,9 @@ def assemble(job: Job, conditions: Conditions, state_folder: Path | None) -> Ass
     )
     for warning in built.warnings:
         logger.warning(warning)
-    scheduler = schedules.create(options[ScheduleOptions], built.optimizer, job.plan.total_steps, built.schedule_override)
+    scheduler = schedules.create(
+        options[ScheduleOptions], built.optimizer, job.plan.total_steps, built.schedule_override
+    )
     optimizer = job.accelerator.prepare_optimizer(built.optimizer, device_placement=False)
     stepper = Stepper(
         accelerator=job.accelerator,
@@ -175,9 +179,7 @@ def assemble(job: Job, conditions: Conditions, state_folder: Path | None) -> Ass
     if ranks.is_main:
         uploads.prepare()
     checkpoints = _checkpoints(job, stepper, record, parts, uploads)
-    control = Control(
-        output_dir=checkpoints.folder, output_name=options[SaveOptions].output_name, ranks=ranks
-    )
+    control = Control(output_dir=checkpoints.folder, output_name=options[SaveOptions].output_name, ranks=ranks)
     run = Run(
         accelerator=job.accelerator,
         family=job.family,

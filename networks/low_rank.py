@@ -198,9 +198,12 @@ class LowRankLinear(torch.autograd.Function):
         small_down, small_up = down.to(dtype), up.to(dtype)
         middle = x @ small_down.T  # (T, r)
         if gate is not None:
-            middle *= gate
+            middle = middle * gate
         out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))  # (T, out)
-        out.addmm_(middle, small_up.T, alpha=strength)
+        if weight.shape[1] >= 2 * weight.shape[0]:  # checkpointing may keep it
+            out = torch.addmm(out, middle, small_up.T, alpha=strength)
+        else:
+            out.addmm_(middle, small_up.T, alpha=strength)
         ctx.save_for_backward(x, weight, small_down, small_up, middle, gate)
         ctx.strength, ctx.dtypes = strength, (down.dtype, up.dtype)
         return out

@@ -65,10 +65,9 @@ class Cell:
         return load_file(self.output / f"{name}.safetensors")
 
     def launch(self, processes: int, *more: str) -> None:
-        """Runs the script in several processes, as the launcher does."""
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", "0", str(ROOT / f"{self.script}.py"), *self.argv, *more]
+        """Runs the script in several processes, as the launcher does on machines with several GPUs."""
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command += [str(ROOT / f"{self.script}.py"), *self.argv, *more]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "0", "ACCELERATE_USE_CPU": "true"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -103,7 +102,8 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cell", "accumulation"), [*((cell, 1) for cell in CELLS), ("lora with clip, t5 cached", 3), ("full, all cached", 3)]
+    ("cell", "accumulation"),
+    [*((cell, 1) for cell in CELLS), ("lora with clip, t5 cached", 3), ("full, all cached", 3)],
 )
 def test_resuming_twice_is_the_same_as_running_straight(make_cell: MakeCell, cell: str, accumulation: int) -> None:
     common = ("--gradient_accumulation_steps", str(accumulation), "--lr_scheduler", "cosine", "--lr_warmup_steps", "3")
@@ -116,11 +116,16 @@ def test_resuming_twice_is_the_same_as_running_straight(make_cell: MakeCell, cel
     assert_same(straight.weights(), broken.weights())
     one, other = (cell.output / "run-state" for cell in (straight, broken))
     assert_same(load_file(one / "optimizer.safetensors"), load_file(other / "optimizer.safetensors"))
-    assert json.loads((one / "scheduler.json").read_text("utf-8")) == json.loads((other / "scheduler.json").read_text("utf-8"))
+    assert json.loads((one / "scheduler.json").read_text("utf-8")) == json.loads(
+        (other / "scheduler.json").read_text("utf-8")
+    )
     for steps in (7, 13, 20):
         name = "run-state" if steps == 20 else f"run-step{steps:08d}-state"
         assert json.loads((broken.output / name / "train_state.json").read_text("utf-8"))["current_step"] == steps
-    assert json.loads((one / "run.json").read_text("utf-8"))["loss"] == json.loads((other / "run.json").read_text("utf-8"))["loss"]
+    assert (
+        json.loads((one / "run.json").read_text("utf-8"))["loss"]
+        == json.loads((other / "run.json").read_text("utf-8"))["loss"]
+    )
 
 
 class StopAt:
@@ -193,7 +198,10 @@ def test_side_work_never_stops_a_run(
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a thing --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
-    plain, disturbed = make_cell("lora with clip, t5 cached", "plain"), make_cell("lora with clip, t5 cached", "disturbed")
+    plain, disturbed = (
+        make_cell("lora with clip, t5 cached", "plain"),
+        make_cell("lora with clip, t5 cached", "disturbed"),
+    )
     plain("--max_train_steps", "6")
     if broken == "sampler":
         import library.assembly
@@ -226,7 +234,15 @@ def test_samples_are_the_same_twice_and_change_nothing(make_cell: MakeCell, tmp_
     pictures = []
     for folder in ("one", "two"):
         cell = make_cell("lora with clip, t5 cached", folder)
-        cell("--max_train_steps", "4", "--sample_prompts", str(prompts), "--sample_every_n_steps", "2", "--sample_at_first")
+        cell(
+            "--max_train_steps",
+            "4",
+            "--sample_prompts",
+            str(prompts),
+            "--sample_every_n_steps",
+            "2",
+            "--sample_at_first",
+        )
         assert_same(plain.weights(), cell.weights())
         files = sorted((cell.output / "sample").glob("run_0*.png"))
         assert len(files) == 6
@@ -248,8 +264,18 @@ def test_dataset_and_config_file_run_from_another_folder(
         ("pretrained_model_name_or_path", "flux"), ("clip_l", "clip_l"), ("t5xxl", "t5xxl"), ("ae", "ae"),
         ("tokenizer_cache_dir", "tokenizers"),
     )]  # fmt: skip
-    lines += ['dataset_config = "data.toml"', 'network_module = "networks.lora_flux"', "[training]", "max_train_epochs = 2"]
-    lines += ["t5xxl_max_token_length = 16", "network_dim = 2", "cache_latents = true", f'output_dir = """{tmp_path}"""']
+    lines += [
+        'dataset_config = "data.toml"',
+        'network_module = "networks.lora_flux"',
+        "[training]",
+        "max_train_epochs = 2",
+    ]
+    lines += [
+        "t5xxl_max_token_length = 16",
+        "network_dim = 2",
+        "cache_latents = true",
+        f'output_dir = """{tmp_path}"""',
+    ]
     (images / "run.toml").write_text("\n".join(lines), encoding="utf-8-sig")
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "library").mkdir(parents=True)

@@ -15,7 +15,7 @@ PACKAGES = ("library", "networks", "tools", "finetune")
 PLUGINS = "networks"
 
 LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
-    (4, ("library.app", "library.assembly", "library.caching", "library.option_docs")),
+    (4, ("library.app", "library.assembly", "library.record", "library.option_docs")),
     (3, ("library.train", "library.methods", "library.generate")),
     (2, ("library.families", "library.data", "library.sampling", "library.prompts", PLUGINS)),
     (1, ("library.models", "library.objectives")),
@@ -244,7 +244,10 @@ def test_the_loop_knows_protocols_only() -> None:
         [
             said(found)
             for found in all_imports()
-            if found.module.name == "library.train.loop" and ours(found) and not found.typing_only and layer(found.target)
+            if found.module.name == "library.train.loop"
+            and ours(found)
+            and not found.typing_only
+            and layer(found.target)
         ]
     )
 
@@ -323,7 +326,7 @@ def test_nothing_that_is_read_can_run_code() -> None:
         problems += [
             f"{module.at(node)}: {name}"
             for node, name in calls(module)
-            if name in CODE_RUNNERS or name in ("torch.load", "np.load") and not safe_numpy(node, name)
+            if name in CODE_RUNNERS or (name in ("torch.load", "np.load") and not safe_numpy(node, name))
         ]
     none(problems)
 
@@ -374,3 +377,41 @@ def test_prints_are_command_line_output_only() -> None:
             if name == "print"
         ]
     )
+
+
+@pytest.mark.parametrize(
+    ("code", "wrong"),
+    [
+        ("open(path)", True),
+        ("open(path, 'rb')", False),
+        ("open(path, encoding='utf-8')", False),
+        ("path.open('w')", True),
+        ("path.open(mode='wb')", False),
+        ("path.read_text()", True),
+        ("path.write_text(text)", True),
+        ("path.write_text(text, encoding='utf-8')", False),
+    ],
+)
+def test_the_check_for_encodings_sees_them(code: str, wrong: bool) -> None:
+    call = ast.parse(code, mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert needs_encoding(call) == wrong
+
+
+def test_the_checks_see_imports_wherever_they_stand() -> None:
+    source = """
+from typing import TYPE_CHECKING
+from library.data import buckets
+if TYPE_CHECKING:
+    import torch
+def later():
+    from ..families import flux
+"""
+    module = Module("library.data.x", ROOT / "library" / "data" / "x.py", ast.parse(source))
+    found = {found.target: (found.typing_only, found.deferred) for found in imports(module)}
+    assert found["library.data.buckets"] == (False, False)
+    assert found["torch"] == (True, False)
+    assert found["library.families.flux"] == (False, True)
+    assert not siblings("library.data.x", "library.families.flux")
+    assert siblings("library.data.x", "library.data.buckets")
+    assert layer("library.models.flux") < layer("library.data.x") < layer("library.train.loop") < layer("flux_train")

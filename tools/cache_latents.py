@@ -1,4 +1,4 @@
-"""Encodes the images of a dataset once and stores the latents beside them. Options: `python tools/cache_latents.py --help`, docs/caching.md."""
+"""Encodes the images of a dataset once and stores the latents beside them. Options: `--help`, docs/caching.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encodes the captions of a dataset once and stores the results beside the images. Options: `python tools/cache_text_encoder_outputs.py --help`, docs/caching.md."""
+"""Encodes the captions of a dataset once and stores the results beside the images. Options: `--help`, docs/caching.md."""
 
 from __future__ import annotations
 

@@ -77,9 +77,7 @@ class Canvas:
 def spokes(x: float, y: float, radii: list[float], turn: float = 0.0) -> list[Point]:
     """Points around (x, y) at equal angles, beginning at the top; their distances cycle through `radii`."""
     step = 2 * math.pi / len(radii)
-    return [
-        (x + r * math.sin(turn + i * step), y - r * math.cos(turn + i * step)) for i, r in enumerate(radii)
-    ]
+    return [(x + r * math.sin(turn + i * step), y - r * math.cos(turn + i * step)) for i, r in enumerate(radii)]
 
 
 Shape = Callable[[Canvas, float, float, float, Colour, Colour, float], None]
@@ -182,7 +180,9 @@ def places(count: int, rng: random.Random) -> list[tuple[float, float, float]]:
     if count == 1:
         return [(rng.uniform(0.42, 0.58), rng.uniform(0.42, 0.58), r)]
     if count == 4:
-        return [(x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03), r) for y in (0.28, 0.72) for x in (0.28, 0.72)]
+        return [
+            (x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03), r) for y in (0.28, 0.72) for x in (0.28, 0.72)
+        ]
     xs = {2: (0.27, 0.73), 3: (0.19, 0.5, 0.81)}[count]
     return [(x + rng.uniform(-0.02, 0.02), rng.uniform(0.35, 0.65), r) for x in xs]
 

@@ -124,9 +124,7 @@ def train(encoders: Encoders, rng: random.Random, steps: int) -> None:
     for index in range(steps):
         texts, answers = zip(*(caption(rng) for _ in range(64)), strict=True)
         wanted = torch.tensor(answers)
-        (clip_loss, clip_right), (t5_loss, t5_right) = (
-            wrongness(logits, wanted) for logits in encoders(list(texts))
-        )
+        (clip_loss, clip_right), (t5_loss, t5_right) = (wrongness(logits, wanted) for logits in encoders(list(texts)))
         optimizer.zero_grad()
         (clip_loss + t5_loss).backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -41,9 +41,7 @@ class Family(Protocol):
     def token_limits(self) -> dict[str, int]:
         """Longest token sequence by encoder name."""
 
-    def load_encoders(
-        self, names: Sequence[str], device: torch.device, dtype: torch.dtype
-    ) -> dict[str, nn.Module]:
+    def load_encoders(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
         """The named text encoders, frozen, in evaluation mode."""
 
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -55,7 +53,9 @@ class Family(Protocol):
     def encode_text(self, encoders: Mapping[str, nn.Module], tokens: Tokens) -> Cond:
         """What the given encoders say; those that aren't given leave their arrays out."""
 
-    def encode_images(self, vae: nn.Module, pixels: Tensor, noise: Callable[[tuple[int, ...]], Tensor] | None) -> Tensor:
+    def encode_images(
+        self, vae: nn.Module, pixels: Tensor, noise: Callable[[tuple[int, ...]], Tensor] | None
+    ) -> Tensor:
         """Latents (B, C, h, w) float32 as the denoiser wants them, of pixels (B, 3, H, W) in [-1, 1].
 
         `noise` draws the sample of the posterior from a shape; None takes the mean.

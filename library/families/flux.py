@@ -6,13 +6,11 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from library import files
 from library.families.tokenizers import CLIP_L, T5_XXL, load_tokenizer
 from library.log import UserError, get_logger
 from library.models import autoencoder, clip, detect, loading, t5
@@ -35,7 +33,7 @@ logger = get_logger(__name__)
 LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159
 T5_LENGTH = {True: 512, False: 256}
 """Default number of T5 tokens, by whether the model embeds guidance (dev) or not (schnell)."""
-CLIP_POSITIONS = "text_model.embeddings.position_embedding.weight"
+CLIP_POSITIONS = "embeddings.position_embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,9 @@ class FluxFiles:
         path = getattr(self, name)
         if not path:
             option = self.transformer_option if name == "transformer" else f"--{name}"
-            raise UserError("a model file is missing from the command", option, f"give {option} FILE", code="E-MODEL-NONE")
+            raise UserError(
+                "a model file is missing from the command", option, f"give {option} FILE", code="E-MODEL-NONE"
+            )
         return str(path)
 
 
@@ -135,7 +135,7 @@ class Flux:
     @cached_property
     def embeds_guidance(self) -> bool:
         """Whether the model has a guidance input, as FLUX.1-dev has and FLUX.1-schnell has not."""
-        names = loading.flux_header(self.files.required("transformer"), self.files.transformer_option).tensors
+        names = loading.header_of(self.files.required("transformer"), "flux", self.files.transformer_option).tensors
         return any("guidance_in." in name or "guidance_embedder." in name for name in names)
 
     @property
@@ -146,7 +146,8 @@ class Flux:
     @cached_property
     def clip_length(self) -> int:
         """Number of CLIP tokens."""
-        return files.header(Path(self.files.required("clip_l"))).tensors[CLIP_POSITIONS].shape[0]
+        tensors = loading.header_of(self.files.required("clip_l"), "clip_l", "--clip_l").tensors
+        return next(info.shape[0] for name, info in tensors.items() if name.endswith(CLIP_POSITIONS))
 
     def architecture(self) -> str:
         """`modelspec.architecture` of the base model."""
@@ -158,12 +159,12 @@ class Flux:
 
     def vae_identity(self) -> str:
         """Changes when the autoencoder changes."""
-        return files.fingerprint(Path(self.files.required("ae")))
+        return loading.fingerprint_of(self.files.required("ae"), "flux_ae", "--ae")
 
     def text_identity(self) -> str:
         """Changes when a text encoder, a tokenizer or an option that decides the text outputs changes."""
         parts = [
-            *(files.fingerprint(Path(self.files.required(name))) for name in self.encoder_names),
+            *(loading.fingerprint_of(self.files.required(name), name, f"--{name}") for name in self.encoder_names),
             str(self.t5_length),
             str(self.files.apply_t5_mask),
             *(repr(sorted(tokenizer.get_vocab().items())) for tokenizer in self._tokenizers.values()),
@@ -238,7 +239,9 @@ class Flux:
             cond["l_pooled"] = clip.clip_pooled(encoders["clip_l"], tokens["clip_l"], eos)
         if "t5xxl" in encoders:
             mask = tokens["t5_attn_mask"]
-            cond["t5_out"] = t5.t5_hidden(encoders["t5xxl"], tokens["t5xxl"], mask if self.files.apply_t5_mask else None)
+            cond["t5_out"] = t5.t5_hidden(
+                encoders["t5xxl"], tokens["t5xxl"], mask if self.files.apply_t5_mask else None
+            )
             cond["txt_ids"] = torch.zeros(*mask.shape, 3, device=mask.device)
             cond["t5_attn_mask"] = mask
             cond["apply_t5_attn_mask"] = torch.full((len(mask),), self.files.apply_t5_mask, device=mask.device)
@@ -262,11 +265,11 @@ class Flux:
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The image autoencoder, frozen, in evaluation mode."""
         path = self.files.required("ae")
-        return _frozen(
-            loading.load_autoencoder(path, dtype=dtype, device=device, mmap=self.files.mmap, option="--ae")
-        )
+        return _frozen(loading.load_autoencoder(path, dtype=dtype, device=device, mmap=self.files.mmap, option="--ae"))
 
-    def encode_images(self, vae: nn.Module, pixels: Tensor, noise: Callable[[tuple[int, ...]], Tensor] | None) -> Tensor:
+    def encode_images(
+        self, vae: nn.Module, pixels: Tensor, noise: Callable[[tuple[int, ...]], Tensor] | None
+    ) -> Tensor:
         """Latents (B, 16, h, w) float32, shifted and scaled."""
         return (autoencoder.encode(vae, pixels, noise).float() - LATENT_SHIFT) * LATENT_SCALE
 

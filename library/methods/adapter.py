@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from library import files
 from library.log import UserError, get_logger
+from library.methods import plugins
 from library.methods.base import Method, ParamGroup, broadcast, require_something
 from library.option_groups import MemoryOptions, NetworkOptions, OptimizerOptions, PrecisionOptions
 
@@ -90,8 +89,8 @@ class Adapter(Method):
             raise UserError("together they leave nothing to train", where, "give one of them", code="E-NOTHING")
         if network.dim_from_weights and not network.network_weights:
             raise UserError("there are no weights", "--dim_from_weights", "give --network_weights FILE")
-        self.plugin = _import(network.network_module)
-        self.arguments = _pairs(network.network_args or ())
+        self.plugin = plugins.load(network.network_module)
+        self.arguments = plugins.pairs(network.network_args or ())
         self.max_norm = network.scale_weight_norms
         self.trains_denoiser = not network.network_train_text_encoder_only and rates.denoiser.value != 0
         self._encoders = self._trained_encoders()
@@ -149,8 +148,8 @@ class Adapter(Method):
         if self.options.network_train_unet_only:
             return []
         names = list(self.rates.encoders)
-        ask = getattr(self.plugin, "trained_encoders", None)
-        covered = set(names if ask is None else ask(names, self.arguments))
+        ask = getattr(self.plugin, "trained_encoders", plugins.trained_encoders)
+        covered = set(ask(names, self.arguments))
         return [name for name in names if name in covered and self.rates.encoders[name].value != 0]
 
     # attaching
@@ -232,11 +231,16 @@ class Adapter(Method):
         return self.arguments if dropout is None else {"dropout": str(dropout), **self.arguments}
 
     def _encoder_argument(self, encoders: Mapping[str, nn.Module]) -> list[nn.Module | None]:
-        """Encoders as a plug-in expects them: ours with None for those that aren't there, foreign ones without gaps."""
+        """Encoders as a plug-in expects them.
+
+        Ours get None for those that aren't there. Foreign ones get no gaps, and the module paths that they make file
+        names of.
+        """
         names = list(self.rates.encoders) or list(encoders)
         places: list[nn.Module | None] = [encoders.get(name) for name in names]
-        knows_gaps = hasattr(self.plugin, "trained_encoders")
-        return places if knows_gaps else [encoder for encoder in places if encoder is not None]
+        if hasattr(self.plugin, "trained_encoders"):
+            return places
+        return [plugins.with_file_paths(encoder) for encoder in places if encoder is not None]
 
     # training
 
@@ -260,10 +264,10 @@ class Adapter(Method):
             trained = [rates.encoders[name].value for name in self._encoders]
             older = network.prepare_optimizer_params
             arguments = [trained[0] if trained else None, rates.denoiser.value, rates.default.value]
-            answer = older(*arguments[: _positional_limit(older, len(arguments))])
+            answer = older(*arguments[: plugins.positional_limit(older, len(arguments))])
         groups, descriptions = answer if isinstance(answer, tuple) else (answer, None)
-        groups = [group if isinstance(group, dict) else {"params": group} for group in _listed(groups)]
-        names = list(descriptions or []) or _default_names(len(groups))
+        groups = [group if isinstance(group, dict) else {"params": group} for group in list(groups)]
+        names = list(descriptions or []) or plugins.group_names(len(groups))
         return [self._group(name.strip(), group) for name, group in zip(names, groups, strict=True)]
 
     def _group(self, name: str, group: Mapping[str, Any]) -> ParamGroup:
@@ -346,57 +350,7 @@ class Adapter(Method):
                 written.unlink(missing_ok=True)
 
 
-def _import(name: str | None) -> ModuleType:
-    """The plug-in. Errors: UserError when there is none of that name, or it isn't one."""
-    if not name:
-        raise UserError("no network type", "--network_module", "such as --network_module networks.lora_flux")
-    where = f"--network_module {name}"
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = error.name or name
-        is_it = name == missing or name.startswith(f"{missing}.")
-        what = "there is no such module" if is_it else f"it needs {missing}, which isn't installed"
-        hint = f"pip install the package of {missing}, or check the spelling"
-        raise UserError(what, where, hint, code="E-NETWORK-MODULE") from error
-    if not hasattr(module, "create_network"):
-        raise UserError("it isn't a network module: it has no create_network", where, code="E-NETWORK-MODULE")
-    return module
-
-
-def _pairs(items: Sequence[str]) -> dict[str, str]:
-    """`key=value` items; values may hold further `=`. Errors: UserError for an item without one, or given twice."""
-    pairs: dict[str, str] = {}
-    for item in items:
-        key, separator, value = item.partition("=")
-        if not separator or not key:
-            raise UserError(f"{item!r} isn't key=value", "--network_args", "such as --network_args verbose=True")
-        if key in pairs:
-            raise UserError(f"{key} is given twice", "--network_args", "give it once")
-        pairs[key] = value
-    return pairs
-
-
 def _numbers(value: float | Sequence[float] | None) -> list[float]:
     if value is None:
         return []
     return [float(value)] if isinstance(value, int | float) else [float(number) for number in value]
-
-
-def _listed(groups: Any) -> list[Any]:
-    return list(groups)
-
-
-def _default_names(count: int) -> list[str]:
-    return (
-        ["textencoder", DENOISER] if count == 2 else [DENOISER] if count == 1 else [f"group{i}" for i in range(count)]
-    )
-
-
-def _positional_limit(function: Any, most: int) -> int:
-    """How many of `most` positional arguments a function takes."""
-    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:
-        return most
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return min(most, sum(kind in positional for kind in kinds))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from library.files import Header, LazyTensors
+from library.files import Header, LazyTensors, fingerprint
 from library.log import DataError
 from library.models import autoencoder, clip, keymaps, t5
 from library.models.detect import ROLES, refusal
@@ -100,9 +100,14 @@ def load_t5(
         return _fill(_empty(lambda: t5.build_t5(shapes)), source, shapes, dtype, device)
 
 
-def flux_header(path: Path | str, option: str = "--pretrained_model_name_or_path") -> Header:
-    """Names, shapes and metadata of a FLUX.1 transformer, names as in its files; nothing else is read."""
-    return joint_header(locate(path, option, ROLES["flux"].folders), option)
+def header_of(path: Path | str, role: str, option: str) -> Header:
+    """Names, shapes and metadata of a model (a key of `detect.ROLES`), names as in its files; nothing else is read."""
+    return joint_header(locate(path, option, ROLES[role].folders), option)
+
+
+def fingerprint_of(path: Path | str, role: str, option: str) -> str:
+    """Changes when a file of the model changes."""
+    return "-".join(fingerprint(file) for file in locate(path, option, ROLES[role].folders))
 
 
 def flux_recipes(shapes: Shapes) -> Recipes:

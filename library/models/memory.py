@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+_PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}
+"""Matrix products, and where their first matrix stands among the arguments."""
+_NARROWING = 2
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -19,6 +24,9 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 def checkpoint_blocks(model: nn.Module, every: int = 1, *, offload: bool = False) -> None:
     """Let each `every`-th block keep only its inputs for the backward pass and run forward again there.
+
+    Results of products that are much narrower than what goes in, such as those of the last layer of an MLP, are kept,
+    too: they are most of the work for the least memory.
 
     Args:
         offload: keep the inputs in main memory meanwhile.
@@ -33,7 +41,7 @@ def _recomputed(forward: Callable[..., Any], offload: bool) -> Callable[..., Any
         if not torch.is_grad_enabled():
             return forward(*inputs)
         if not offload:
-            return checkpoint(forward, *inputs, use_reentrant=False)
+            return checkpoint(forward, *inputs, use_reentrant=False, context_fn=_keep_narrow_products)
         devices = [value.device if isinstance(value, Tensor) else None for value in inputs]
 
         def from_main_memory(*stored: Any) -> Any:
@@ -43,6 +51,18 @@ def _recomputed(forward: Callable[..., Any], offload: bool) -> Callable[..., Any
         return checkpoint(from_main_memory, *stored, use_reentrant=False)
 
     return run
+
+
+def _keep(_: Any, operation: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+    at = _PRODUCTS.get(operation)
+    if at is not None:
+        inner, width = args[at + 1].shape
+        if inner >= _NARROWING * width:
+            return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keep_narrow_products = partial(create_selective_checkpoint_contexts, _keep)
 
 
 def _move(value: Any, device: torch.device | None) -> Any:

@@ -85,9 +85,7 @@ def encode_images(family: Family, vae: torch.nn.Module, pixels: Tensor, seeds: S
     return family.encode_images(vae, pixels.to(parameter.device, torch.float32), noise)
 
 
-def remember_prompts(
-    conditions: Conditions, encoders: dict[str, torch.nn.Module], prompts: Sequence[str]
-) -> None:
+def remember_prompts(conditions: Conditions, encoders: dict[str, torch.nn.Module], prompts: Sequence[str]) -> None:
     """Encodes sample prompts with encoders that are about to be dropped."""
     for prompt in prompts:
         if prompt in conditions.remembered:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +17,6 @@ from library.train.state import RunState
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import nn
 
     from library.option_groups import SampleOptions
 
@@ -44,11 +43,6 @@ def sample_due(options: SampleOptions, *, step: int | None = None, epoch: int | 
     return every_steps > 0 and step is not None and step % every_steps == 0
 
 
-def no_modules() -> Iterable[nn.Module]:
-    """No modules."""
-    return ()
-
-
 @dataclass(kw_only=True)
 class Previews:
     """Makes sample pictures in the main process. Nothing that fails here ends the training."""
@@ -59,11 +53,9 @@ class Previews:
     parse: Callable[[Path], Sequence[SampleRequest]]
     """Reads the prompt file; raises UserError or an OSError."""
     render: Callable[[SampleRequest, int], Image]
-    """Makes the picture of a request; called without gradients, modules in evaluation mode."""
-    modules: Callable[[], Iterable[nn.Module]] = no_modules
-    """Modules to put into evaluation mode meanwhile."""
+    """Makes the picture of a request; called without gradients, within `evaluating`."""
     evaluating: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """Puts a schedule-free optimizer into evaluation meanwhile."""
+    """Puts what is trained into the state in which it is used, meanwhile."""
     trackers: PictureLog | None = None
     with_overview: bool = True
     """Whether all pictures are also shown in one, `sample/<name>_overview.png`."""
@@ -119,7 +111,7 @@ class Previews:
         pictures: list[Image | None] = []
         logger.info("making %d sample picture(s) at step %d", len(self._requests), step)
         try:
-            with rng_untouched(self.ranks.device), self.evaluating(), _evaluation(self.modules()):
+            with rng_untouched(self.ranks.device), self.evaluating():
                 for index, request in enumerate(self._requests):
                     path, picture = self._one(request, index, step, epoch)
                     made.append(path)
@@ -197,19 +189,6 @@ class Previews:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         self.problems.append(f"{what}: {reason}")
         logger.warning("%s failed: %s - the training goes on", what, reason)
-
-
-@contextmanager
-def _evaluation(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Evaluation mode while inside; afterwards each module is as it was."""
-    modes = [(module, module.training) for root in modules for module in root.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _small(picture: Image | None, side: int = 256) -> Image | None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from library.log import get_logger
+from library.devices import best_device
+from library.log import ResourceError, get_logger
 from library.option_groups import DistributedOptions, PrecisionOptions
 
 if TYPE_CHECKING:
@@ -49,7 +50,18 @@ def start(options: Options) -> Any:
     group = InitProcessGroupKwargs(
         **({"backend": backend} if backend else {}), **({"timeout": timedelta(minutes=minutes)} if minutes else {})
     )
-    accelerator = Accelerator(mixed_precision=options[PrecisionOptions].mixed_precision, kwargs_handlers=[group])
+    accelerator = Accelerator(
+        cpu=best_device().type == "cpu",
+        mixed_precision=options[PrecisionOptions].mixed_precision,
+        kwargs_handlers=[group],
+    )
+    if accelerator.num_processes != world_size():
+        raise ResourceError(
+            f"the launcher started {world_size()} processes, but they can't find one another",
+            "accelerate launch",
+            "give it --num_processes 1, or check its configuration with `accelerate env`",
+            code="E-PROCESSES",
+        )
     logger.info(
         "device %s, mixed precision %s, %d process(es)",
         accelerator.device,

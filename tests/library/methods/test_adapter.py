@@ -233,6 +233,7 @@ class OldNetwork(nn.Module):
     def __init__(self, encoders: list[nn.Module], unet: nn.Module, keywords: dict[str, object]) -> None:
         super().__init__()
         self.encoders, self.keywords = len(encoders), keywords
+        self.paths = [path for encoder in encoders for path, _ in encoder.named_parameters()]
         self.text, self.image = nn.Linear(2, 2), nn.Linear(2, 2)
         self.applied: tuple[object, ...] = ()
 
@@ -269,14 +270,14 @@ def old_plugin() -> Iterator[str]:
 def test_an_old_plugin_works(old_plugin: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     words = ["--text_encoder_lr", "0.1", "--unet_lr", "0.2", "--network_dropout", "0.3", "--scale_weight_norms", "1"]
     method = adapter(*words, "--network_args", "algo=a=b", module=old_plugin)
-    assert method.trained_encoders() == {"clip_l", "t5xxl"}
+    assert method.trained_encoders() == {"clip_l"}
     parts = models()
-    parts.encoders["t5xxl"] = tiny_models.t5()
     method.attach(parts)
     method.prepare(ALONE, parts)
     network = method.network
     assert network.applied == (True, True)
-    assert network.encoders == 2
+    assert network.encoders == 1
+    assert all(path.startswith("text_model.") for path in network.paths)
     assert network.keywords == {"neuron_dropout": 0.3, "dropout": "0.3", "algo": "a=b"}
     groups = method.param_groups()
     assert network.rates == (0.1, 0.2)
@@ -293,6 +294,16 @@ def test_an_old_plugin_works(old_plugin: str, tmp_path: Path, caplog: pytest.Log
     method.save(tmp_path / "n.safetensors", None, {"a": "b"})
     assert json.loads((tmp_path / "n.safetensors").read_text("utf-8")) == {"a": "b"}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_foreign_plugins_train_t5_on_request(old_plugin: str) -> None:
+    method = adapter("--network_args", "train_t5xxl=True", module=old_plugin)
+    assert method.trained_encoders() == {"clip_l", "t5xxl"}
+    parts = models()
+    parts.encoders["t5xxl"] = tiny_models.t5()
+    method.attach(parts)
+    assert method.network.encoders == 2
+    assert any(path.startswith("encoder.block.") for path in method.network.paths)
 
 
 def test_a_plugin_without_text_gets_no_gaps(old_plugin: str) -> None:

@@ -60,7 +60,7 @@ def test_diffusers_folder(tmp_path: Path, shards: int) -> None:
     assert_is_the_tiny_flux(loading.load_flux(folder / "transformer"))
     first = sorted((folder / "transformer").glob("*.safetensors"))[0]
     assert_is_the_tiny_flux(loading.load_flux(first))
-    assert any("guidance_embedder" in name for name in loading.flux_header(folder).tensors)
+    assert any("guidance_embedder" in name for name in loading.header_of(folder, "flux", "--x").tensors)
 
 
 def test_everything_in_one_file(tmp_path: Path) -> None:
