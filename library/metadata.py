@@ -386,14 +386,14 @@ def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> I
     import torch
 
     names = {torch_name: name for name, torch_name in files.DTYPES.items()}
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    kinds = {name: names[str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
+    ranks = {kind: rank for rank, kind in enumerate(files.DTYPES)}
+    order = sorted(tensors, key=lambda name: (ranks[kinds[name]], name))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name in order:
-        tensor = tensors[name]
-        end = position + tensor.numel() * tensor.element_size()
-        kind = names[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        end = position + tensors[name].numel() * tensors[name].element_size()
+        header[name] = {"dtype": kinds[name], "shape": list(tensors[name].shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")
     text += b" " * (-len(text) % 8)

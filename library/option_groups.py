@@ -743,11 +743,14 @@ class FluxInferenceOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceExtraOptions:
-    """Tokenizers."""
+    """Tokens."""
 
     tokenizer_cache_dir: str | None = option(
         path=True,
         help="folder with tokenizers, each in a sub-folder named like its hub repository with / replaced by _",
+    )
+    t5xxl_max_token_length: int | None = option(
+        help="tokens for T5; 512 for FLUX.1-dev and 256 for FLUX.1-schnell when not given"
     )
 
 

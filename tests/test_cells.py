@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,16 +117,18 @@ def test_resuming_twice_is_the_same_as_running_straight(make_cell: MakeCell, cel
     assert_same(straight.weights(), broken.weights())
     one, other = (cell.output / "run-state" for cell in (straight, broken))
     assert_same(load_file(one / "optimizer.safetensors"), load_file(other / "optimizer.safetensors"))
-    assert json.loads((one / "scheduler.json").read_text("utf-8")) == json.loads(
-        (other / "scheduler.json").read_text("utf-8")
-    )
+    assert read_json(one / "scheduler.json") == read_json(other / "scheduler.json")
     for steps in (7, 13, 20):
         name = "run-state" if steps == 20 else f"run-step{steps:08d}-state"
-        assert json.loads((broken.output / name / "train_state.json").read_text("utf-8"))["current_step"] == steps
+        assert read_json(broken.output / name / "train_state.json")["current_step"] == steps
     assert (
         json.loads((one / "run.json").read_text("utf-8"))["loss"]
         == json.loads((other / "run.json").read_text("utf-8"))["loss"]
     )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 class StopAt:
@@ -305,7 +308,7 @@ def test_two_processes_give_the_weights_of_one(make_cell: MakeCell, images: Path
     weights = two.weights()
     distances = {name: float((tensor - weights[name]).abs().max()) for name, tensor in one.weights().items()}
     assert max(distances.values()) < 1e-6, distances
-    assert json.loads((two.output / "run-state" / "train_state.json").read_text("utf-8"))["current_step"] == 6
+    assert read_json(two.output / "run-state" / "train_state.json")["current_step"] == 6
 
 
 @pytest.mark.slow

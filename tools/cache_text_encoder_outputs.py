@@ -1,4 +1,4 @@
-"""Encodes the captions of a dataset once and stores the results beside the images. Options: `--help`, docs/caching.md."""
+"""Encodes the captions of a dataset once and stores the results. Options: `--help`, docs/caching.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws the toy's world: captioned pictures of coloured shapes, and the one creature that is kept for the quickstart."""
+"""Draws the toy's world: captioned pictures of coloured shapes, and the creature that is kept for the quickstart."""
 
 from __future__ import annotations
 

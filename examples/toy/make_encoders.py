@@ -111,7 +111,7 @@ def padded(tokenizer: CLIPTokenizer | T5Tokenizer, captions: list[str], length: 
 
 def wrongness(logits: Tensor, answers: Tensor) -> tuple[Tensor, float]:
     """Cross entropy summed over the questions, and the part of captions with all answers right."""
-    parts = logits.split([len(options) for options in QUESTIONS.values()], dim=1)
+    parts = torch.split(logits, [len(options) for options in QUESTIONS.values()], dim=1)
     losses = [F.cross_entropy(part, answers[:, i]) for i, part in enumerate(parts)]
     right = torch.stack([part.argmax(dim=1) == answers[:, i] for i, part in enumerate(parts)]).all(dim=0)
     return torch.stack(losses).sum(), right.float().mean().item()
@@ -146,7 +146,7 @@ def t5_tensors(model: T5EncoderModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def spread_rest(encoders: Encoders) -> None:
-    """Gives the pieces of words that are spelled, which no caption has used, embeddings as far apart as the used ones."""
+    """Gives the pieces of spelled words, which no caption has used, embeddings as far apart as the used ones."""
     text = " ".join(words())
     for tokenizer, embedding in (
         (encoders.clip_tokenizer, encoders.clip.get_input_embeddings()),
@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where clip_l.safetensors and t5xxl.safetensors go")
     parser.add_argument("--tokenizers", type=Path, required=True, help="the folder that make_tokenizers wrote")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)

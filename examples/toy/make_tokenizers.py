@@ -6,6 +6,7 @@ import argparse
 import json
 import string
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from transformers import T5Tokenizer
@@ -39,7 +40,7 @@ def merges() -> list[tuple[str, str]]:
     spelled = {word: [*word[:-1], word[-1] + END_OF_WORD] for word in words()}
     found: list[tuple[str, str]] = []
     while True:
-        pairs = Counter(pair for symbols in spelled.values() for pair in zip(symbols, symbols[1:], strict=False))
+        pairs = Counter(pair for symbols in spelled.values() for pair in pairwise(symbols))
         if not pairs:
             return found
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))

@@ -21,6 +21,7 @@ from library.option_groups import (
     FlowDensityOptions,
     FluxInferenceOptions,
     FluxOptions,
+    InferenceExtraOptions,
     LossOptions,
     ModelOptions,
     NoiseOptions,
@@ -105,7 +106,7 @@ class Flux:
         )
 
     @classmethod
-    def from_inference_options(cls, options: FluxInferenceOptions, tokenizer_cache_dir: str | None) -> Flux:
+    def from_inference_options(cls, options: FluxInferenceOptions, extra: InferenceExtraOptions) -> Flux:
         """The family as the inference script's options want it."""
         return cls(
             FluxFiles(
@@ -114,7 +115,8 @@ class Flux:
                 t5xxl=options.t5xxl,
                 ae=options.ae,
                 transformer_option="--ckpt_path",
-                tokenizer_cache_dir=tokenizer_cache_dir,
+                tokenizer_cache_dir=extra.tokenizer_cache_dir,
+                t5_length=extra.t5xxl_max_token_length,
                 apply_t5_mask=options.apply_t5_attn_mask,
             )
         )

@@ -27,8 +27,8 @@ class TokenizerSource:
         return self.repository.replace("/", "_")
 
 
-CLIP_L = TokenizerSource("openai/clip-vit-large-patch14", "CLIPTokenizer", ("tokenizer.json", "vocab.json"))
-T5_XXL = TokenizerSource("google/t5-v1_1-xxl", "T5Tokenizer", ("tokenizer.json", "spiece.model"))
+CLIP_L = TokenizerSource("openai/clip-vit-large-patch14", "CLIPTokenizerFast", ("tokenizer.json", "vocab.json"))
+T5_XXL = TokenizerSource("google/t5-v1_1-xxl", "T5TokenizerFast", ("tokenizer.json", "spiece.model"))
 
 
 def load_tokenizer(source: TokenizerSource, cache_dir: str | None, beside: Sequence[str | None]) -> Any:

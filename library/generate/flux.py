@@ -77,7 +77,7 @@ class Dtypes:
 
 @dataclass
 class Painter:
-    """Makes images with one FLUX.1 model. The parts are loaded when first needed; with `offload` they wait on the CPU."""
+    """Makes images with one FLUX.1 model. Its parts are loaded when needed; with `offload` they wait on the CPU."""
 
     family: Flux
     dtypes: Dtypes
@@ -203,8 +203,8 @@ class Painter:
 
 def generate(options: Options) -> None:
     """Makes the images that the inference script's options ask for."""
-    group, extra = options[FluxInferenceOptions], options[InferenceExtraOptions]
-    family = Flux.from_inference_options(group, extra.tokenizer_cache_dir)
+    group = options[FluxInferenceOptions]
+    family = Flux.from_inference_options(group, options[InferenceExtraOptions])
     problems = [finding for finding in family.findings() if finding.error]
     if problems:
         first = problems[0]

@@ -302,13 +302,10 @@ class Adapter(Method):
         if training and hasattr(self.network, "on_epoch_start"):
             self.network.on_epoch_start(*self._parts)
 
-    def before_step(self, step: int) -> None:
-        """Tells the network that a step begins."""
+    def before_batch(self, batch: Batch) -> None:
+        """Tells the network that a micro-step begins, and sets the strength that the batch's dataset wants."""
         if hasattr(self.network, "on_step_start"):
             self.network.on_step_start()
-
-    def before_batch(self, batch: Batch) -> None:
-        """Sets the strength of the network that the batch's dataset wants."""
         if batch.multiplier != self._multiplier:
             if not hasattr(self.network, "set_multiplier"):
                 what = f"a network_multiplier of {batch.multiplier:g}"

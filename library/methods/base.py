@@ -108,9 +108,6 @@ class Method(ABC):
 
     # hooks
 
-    def before_step(self, step: int) -> None:  # noqa: B027
-        """Called before the first batch of an optimizer step."""
-
     def before_batch(self, batch: Batch) -> None:  # noqa: B027
         """Called before each batch is computed."""
 

@@ -90,14 +90,18 @@ class Full(Method):
 
 
 class _Converted(Mapping[str, "Tensor"]):
-    """Tensors in another type, made one at a time when they are asked for."""
+    """Tensors in another type, made one at a time when they are asked for; only the last one is kept."""
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
         self._tensors, self._dtype = tensors, dtype
+        self._last: tuple[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._tensors[name]
-        return tensor if self._dtype is None or not tensor.is_floating_point() else tensor.to(self._dtype)
+        if self._last is None or self._last[0] != name:
+            tensor = self._tensors[name]
+            keep = self._dtype is None or not tensor.is_floating_point()
+            self._last = name, tensor if keep else tensor.to(self._dtype)
+        return self._last[1]
 
     def __iter__(self) -> Any:
         return iter(self._tensors)

@@ -25,7 +25,7 @@ class Conditions:
 
     family: Family
     models: Models
-    """`models.encoders` holds the encoders that run for each batch, `models.vae` the autoencoder if latents are live."""
+    """`encoders` holds those that run for each batch, `vae` the autoencoder if latents are live or samples are made."""
     device: torch.device
     trained: frozenset[str] = frozenset()
     """Names of the encoders that get gradients."""

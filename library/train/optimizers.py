@@ -278,17 +278,25 @@ def _effective_lr(optimizer: Any, group: Mapping[str, Any]) -> float:
 
 @contextmanager
 def evaluating(optimizer: Any) -> Iterator[None]:
-    """Puts the weights of schedule-free optimizers into the state in which they are used and saved, for a while."""
+    """Puts the weights of schedule-free optimizers into the state in which they are used and saved, for a while.
+
+    Afterwards the weights are those from before, bit for bit: going there and back by the optimizer's own formula would
+    round them, and a run would depend on when it was saved.
+    """
     plain = _plain(optimizer)
     switches = callable(getattr(plain, "eval", None)) and callable(getattr(plain, "train", None))
     if not switches or not all(group.get("train_mode", True) for group in plain.param_groups):
         yield
         return
+    params = [param.data for group in plain.param_groups for param in group["params"]]
+    before = [param.to("cpu", copy=True) for param in params]
     plain.eval()
     try:
         yield
     finally:
         plain.train()
+        for param, value in zip(params, before, strict=True):
+            param.copy_(value)
 
 
 def _plain(optimizer: Any) -> Any:

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol
 
 from library.log import UserError, get_logger
@@ -74,6 +75,7 @@ class LossWindow:
         self.length = max(length, 1)
         self.ranks = ranks or Ranks()
         self._slots: list[float] = []
+        self._total, self._finite = Fraction(0), 0  # of the finite slots; exact, so that a resumed run has the same
         self._sum: Tensor | None = None
         self._names: list[str] = []
         self._pending: deque[_Pending] = deque()
@@ -81,8 +83,7 @@ class LossWindow:
     @property
     def average(self) -> float:
         """The moving average; NaN before the first finite loss."""
-        finite = [value for value in self._slots if math.isfinite(value)]
-        return math.fsum(finite) / len(finite) if finite else math.nan
+        return float(self._total / self._finite) if self._finite else math.nan
 
     def add(self, loss: Tensor, names: Sequence[str] = ()) -> None:
         """Takes the (0-d) loss of a micro-batch: its share of the loss of the step."""
@@ -123,9 +124,17 @@ class LossWindow:
         loss, *others = pending.read()
         slot = (pending.step - 1) % self.length
         self._slots.extend([math.nan] * (slot + 1 - len(self._slots)))
+        self._count(self._slots[slot], -1)
         self._slots[slot] = loss
+        self._count(loss, 1)
         metrics = dict(zip(pending.metric_names, others, strict=True))
         return Reading(pending.step, loss, self.average, metrics, pending.names)
+
+    def _count(self, loss: float, sign: int) -> None:
+        """Adds a loss to the sum, or takes it out."""
+        if math.isfinite(loss):
+            self._total += sign * Fraction(loss)
+            self._finite += sign
 
     def state_dict(self) -> dict[str, Any]:
         """The window as JSON values; a step that hasn't been read yet stays unread."""
@@ -142,6 +151,9 @@ class LossWindow:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a window of `state_dict`; slots of an epoch of another length are left out."""
         self._slots = [float(value) for value in state["slots"]] if state["length"] == self.length else []
+        self._total, self._finite = Fraction(0), 0
+        for loss in self._slots:
+            self._count(loss, 1)
         self._pending = deque(
             _Pending(
                 step=int(item["step"]),

@@ -84,7 +84,7 @@ def test_model_hash_is_that_of_the_file_on_disk(tmp_path: Path) -> None:
 
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        f"{dtype}.{index}": torch.randn(3, 5, generator=generator).to(dtype)
+        f"{index}.{dtype}": torch.randn(3, 5, generator=generator).to(dtype)
         for dtype in (torch.float16, torch.bfloat16, torch.float32)
         for index in range(3)
     }
