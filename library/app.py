@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import set_seed
 
-from library import devices, log
+from library import caching, devices, log
 from library.assembly import Job, Precision, Setting, assemble
-from library.data import cache, config, reports, sources
+from library.data import config, reports, sources
 from library.data.dataset import TrainingData
 from library.families.base import Family
 from library.hub import download_state
 from library.methods.base import Method, table_lines, trained_table
 from library.models import memory
 from library.option_groups import (
-    CacheOptions,
     CacheToolOptions,
     DatasetOptions,
     HubOptions,
@@ -30,13 +29,13 @@ from library.option_groups import (
     ScheduleOptions,
     StateOptions,
     T5DtypeOptions,
-    TextCacheOptions,
 )
 from library.prompts import load_prompts
 from library.train import loop, preflight, processes, resume, watch
-from library.train.conditions import Conditions, encode_images, remember_prompts
+from library.train.conditions import Conditions, remember_prompts
 from library.train.plan import Plan, make_plan
 from library.train.ranks import Ranks
+from library.train.room import Room, check_cache_room, check_disk
 from library.types import Finding, Models, errors
 
 if TYPE_CHECKING:
@@ -56,11 +55,14 @@ def train(family_class: type[Family], method_class: type[Method], options: Optio
     findings += preflight.check_paths(options, load_prompts)
     if errors(findings) or not scan.items:
         preflight.report(findings)
-    plan = _plan(options, TrainingData(scan, family.traits, 0), processes.world_size())
-    preflight.report([*findings, *preflight.check_disk(plan, Path(options[SaveOptions].output_dir or "."))])
     _show("data", scan.lines())
-    _show("plan", plan.lines())
     family.load_tokenizers()
+    data, precision = TrainingData(scan, family.traits, 0), Precision.from_options(options)
+    caches = caching.look(options, family, data, precision, method.changes_to_encoders())
+    plan = _plan(options, data, _room(family, method, options, precision, caches))
+    _show("plan", plan.lines())
+    folders = Path(options[SaveOptions].output_dir or "."), Path(scan.items[0].path).parent
+    preflight.report([*findings, *caches.findings(), *check_disk(plan, *folders)])
 
     accelerator = processes.start(options)
     preflight.report(preflight.check_device(accelerator.device.type))
@@ -70,7 +72,8 @@ def train(family_class: type[Family], method_class: type[Method], options: Optio
         method=method,
         data=TrainingData(scan, family.traits, processes.agree(_seed(options, state_folder))),
         plan=plan,
-        precision=Precision.from_options(options),
+        precision=precision,
+        caches=caches,
         accelerator=accelerator,
         ranks=Ranks.of_this_process(accelerator.device),
     )
@@ -91,8 +94,8 @@ def cache_latents(options: Options) -> None:
     """Fills the latents cache of a dataset, on disk."""
 
     def fill(job: Setting) -> None:
-        vae = job.family.load_vae(job.device, job.precision.vae)
-        _cache_latents(job, vae)
+        vae = job.family.load_vae(job.device, job.precision.vae) if job.caches.lack_latents else None
+        caching.fill_latents(job, vae)
 
     _fill_only(options.with_values(cache_latents=True, cache_latents_to_disk=True), fill)
 
@@ -103,8 +106,8 @@ def cache_text_encoder_outputs(options: Options) -> None:
     dtypes = {} if name is None else {"t5xxl": devices.dtype_of(name)}
 
     def fill(job: Setting) -> None:
-        job.family.load_tokenizers()
-        _cache_text(job, _load_encoders(job, job.family.encoder_names, dtypes))
+        names = job.family.encoder_names if job.caches.lack_text else ()
+        caching.fill_text(job, _load_encoders(job, names, dtypes))
 
     _fill_only(options.with_values(cache_text_encoder_outputs=True, cache_text_encoder_outputs_to_disk=True), fill)
 
@@ -137,14 +140,25 @@ def _scan(options: Options, family: Family) -> sources.Scan:
     )
 
 
-def _plan(options: Options, data: TrainingData, world: int) -> Plan:
+def _room(family: Family, method: Method, options: Options, precision: Precision, caches: caching.Caches) -> Room:
+    name = options[SaveOptions].save_precision
+    saved = precision.trained if name is None else devices.dtype_of(name)
+    return Room.of_training(
+        method.trained_elements(family.part_shapes()),
+        precision.trained.itemsize,
+        saved.itemsize,
+        caches.bytes_needed(family, processes.world_size()),
+    )
+
+
+def _plan(options: Options, data: TrainingData, room: Room) -> Plan:
     prompts = options[SampleOptions].sample_prompts
     return make_plan(
         images=data.images,
         repeated=data.repeated,
         batches_per_epoch=data.batches_in_epoch(),
         batch_sizes=data.batch_sizes,
-        processes=world,
+        processes=processes.world_size(),
         length=options[LengthOptions],
         steps_given=options.given("max_train_steps"),
         schedule=options[ScheduleOptions],
@@ -152,6 +166,9 @@ def _plan(options: Options, data: TrainingData, world: int) -> Plan:
         state=options[StateOptions],
         sample=options[SampleOptions],
         prompts=len(load_prompts(prompts)) if prompts else 0,
+        model_bytes=room.model,
+        state_bytes=room.state,
+        cache_bytes=room.caches,
     )
 
 
@@ -175,28 +192,31 @@ def _show(title: str, lines: Sequence[str]) -> None:
 
 
 def _encode_what_is_cached(job: Job) -> Conditions:
-    """Text first, then images; each encoder is dropped before the next is loaded, unless it runs live."""
-    options, family, method = job.options, job.family, job.method
+    """Text first, then images; an encoder with nothing to do isn't loaded, and dropped as soon as it is done."""
+    family, method, caches = job.family, job.method, job.caches
+    samples = bool(job.options[SampleOptions].sample_prompts)
     conditions = Conditions(
         family=family, models=Models(), device=job.device, trained=frozenset(method.trained_encoders())
     )
     live = family.encoder_names
-    if options[TextCacheOptions].cache_text_encoder_outputs:
-        encoders = _load_encoders(job, family.encoder_names)
-        _cache_text(job, encoders)
-        if options[SampleOptions].sample_prompts and job.ranks.is_main:
-            remember_prompts(conditions, encoders, _prompt_texts(options))
+    if caches.text is not None:
         live = tuple(name for name in live if name in conditions.trained)
+        encoders = _load_encoders(job, family.encoder_names if caches.lack_text or samples else live)
+        caching.fill_text(job, encoders)
+        if samples and job.ranks.is_main:
+            remember_prompts(conditions, encoders, _prompt_texts(job.options))
         conditions.models.encoders = {name: encoders.pop(name) for name in live}
         del encoders
         devices.release_memory()
     else:
         conditions.models.encoders = _load_encoders(job, live)
-    watch.heartbeat("loading the autoencoder")
-    conditions.models.vae = vae = family.load_vae(job.device, job.precision.vae)
-    if options[CacheOptions].cache_latents:
-        _cache_latents(job, vae)
-        conditions.models.vae = vae.to("cpu") if options[SampleOptions].sample_prompts else None
+    if caches.latents is None or caches.lack_latents or samples:
+        watch.heartbeat("loading the autoencoder")
+        conditions.models.vae = family.load_vae(job.device, job.precision.vae)
+    if caches.latents is not None:
+        vae = conditions.models.vae
+        caching.fill_latents(job, vae)
+        conditions.models.vae = vae.to("cpu") if vae is not None and samples else None
         del vae
         devices.release_memory()
     return conditions
@@ -220,53 +240,6 @@ def _prompt_texts(options: Options) -> list[str]:
     return [*(request.prompt for request in requests), *negatives]
 
 
-def _cache_text(job: Setting, encoders: dict[str, torch.nn.Module]) -> None:
-    group, family, data = job.options[TextCacheOptions], job.family, job.data
-
-    def encode(captions: list[str]) -> dict[str, torch.Tensor]:
-        watch.heartbeat("caching text outputs")
-        tokens = {name: tensor.to(job.device) for name, tensor in family.tokenize(captions).items()}
-        with torch.no_grad(), job.accelerator.autocast():
-            return family.encode_text(encoders, tokens)
-
-    cache.fill_text(
-        data,
-        encode,
-        family.text_identity(),
-        dtype=str(job.precision.frozen),
-        to_disk=group.cache_text_encoder_outputs_to_disk,
-        batch_size=group.text_encoder_batch_size or max(data.batch_sizes),
-        skip_check=job.options[CacheOptions].skip_cache_check,
-        rank=job.ranks.rank,
-        world=job.ranks.world,
-        visible=job.ranks.is_main,
-    )
-    processes.wait_for_all()
-
-
-def _cache_latents(job: Setting, vae: torch.nn.Module) -> None:
-    group = job.options[CacheOptions]
-
-    def encode(pixels: torch.Tensor, seeds: list[int]) -> torch.Tensor:
-        watch.heartbeat("caching latents")
-        with torch.no_grad():
-            return encode_images(job.family, vae, pixels, seeds)
-
-    cache.fill_latents(
-        job.data,
-        encode,
-        job.family.vae_identity(),
-        dtype=str(job.precision.vae),
-        to_disk=group.cache_latents_to_disk,
-        batch_size=group.vae_batch_size,
-        skip_check=group.skip_cache_check,
-        rank=job.ranks.rank,
-        world=job.ranks.world,
-        visible=job.ranks.is_main,
-    )
-    processes.wait_for_all()
-
-
 def _fill_only(options: Options, fill: Callable[[Setting], None]) -> None:
     """What the cache tools share: everything but the training."""
     from library.families.flux import Flux
@@ -278,13 +251,20 @@ def _fill_only(options: Options, fill: Callable[[Setting], None]) -> None:
     findings: list[Finding] = [*scan.findings, *family.findings()]
     preflight.report(findings)
     _show("data", scan.lines())
+    family.load_tokenizers()
+    data, precision = TrainingData(scan, family.traits, 0), Precision.from_options(options)
+    caches = caching.look(options, family, data, precision)
+    preflight.report(
+        check_cache_room(caches.bytes_needed(family, processes.world_size()), Path(scan.items[0].path).parent)
+    )
     accelerator = processes.start(options)
     fill(
         Setting(
             options=options,
             family=family,
-            data=TrainingData(scan, family.traits, 0),
-            precision=Precision.from_options(options),
+            data=data,
+            precision=precision,
+            caches=caches,
             accelerator=accelerator,
             ranks=Ranks.of_this_process(accelerator.device),
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library import devices, log
+from library.caching import Caches
 from library.data.dataset import TrainingData
 from library.families.base import Family
 from library.hub import Uploads
@@ -36,7 +37,7 @@ from library.record import Record
 from library.sampling import generate, to_image
 from library.train import optimizers, resume, schedules
 from library.train.checkpoints import Checkpoints
-from library.train.conditions import Conditions
+from library.train.conditions import Conditions, decode_latents
 from library.train.control import Control
 from library.train.loop import Run
 from library.train.plan import Plan
@@ -82,6 +83,7 @@ class Setting:
     family: Family
     data: TrainingData
     precision: Precision
+    caches: Caches
     accelerator: Any
     ranks: Ranks
 
@@ -327,7 +329,7 @@ def _render(job: Job, conditions: Conditions, request: SampleRequest) -> Image:
             device=job.device,
         )
     try:
-        pixels = family.decode_latents(vae.to(job.device), latents)
+        pixels = decode_latents(family, vae.to(job.device), latents)
     finally:
         if home != job.device:
             vae.to(home)

@@ -29,12 +29,12 @@ DTYPES = {
 _BACKENDS = ("cuda", "xpu", "mps", "npu")
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """The element type called `name` in options. Errors: UserError for an unknown one."""
+def dtype_of(name: str, option: str = "") -> torch.dtype:
+    """The element type that an option calls `name`. Errors: UserError for an unknown one."""
     import torch
 
     if name not in DTYPES:
-        raise UserError(f"unknown type {name!r}", hint=f"use one of {', '.join(DTYPES)}", code="E-DTYPE")
+        raise UserError(f"unknown type {name!r}", option, f"use one of {', '.join(DTYPES)}", code="E-DTYPE")
     found: torch.dtype = getattr(torch, DTYPES[name])
     return found
 

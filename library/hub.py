@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from library.log import ResourceError, UserError, get_logger
 
@@ -186,6 +189,38 @@ def download_state(text: str, token: str | None = None, api: Api | None = None) 
     for _ in range(depth):
         folder = folder.parent
     return folder
+
+
+def fetch_folder(repository: str, names: Sequence[str], *, cached_only: bool = False) -> Path | None:
+    """The folder with those of the named files that a repository has; None when the hub can't be reached.
+
+    `cached_only` looks at what was fetched before and asks nobody.
+    """
+    from huggingface_hub import snapshot_download
+
+    if not cached_only and not _is_reachable():
+        return None
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(names), local_files_only=cached_only))
+    except Exception as error:  # noqa: BLE001 - every kind of failure of the client means the same
+        logger.debug("%s: %s: %s", repository, type(error).__name__, error)
+        return None
+
+
+def _is_reachable() -> bool:
+    """Whether the hub may be asked and answers at all; its client would try for minutes."""
+    from huggingface_hub import constants
+
+    place = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if getproxies() or not place.hostname:
+        return True
+    try:
+        with socket.create_connection((place.hostname, place.port or 443), timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def without_secret(text: str, secret: str | None) -> str:

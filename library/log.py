@@ -37,8 +37,9 @@ class UserError(Exception):
         super().__init__(" - ".join(part for part in (what, where, hint) if part))
 
     def lines(self) -> list[str]:
-        """What is shown on the screen."""
-        return [f"error[{self.code}]: {self}"]
+        """What is shown on the screen; a mistake without a hint leads to the catalogue of codes."""
+        hint = "" if self.hint else " - see docs/troubleshooting.md#error-codes"
+        return [f"error[{self.code}]: {self}{hint}"]
 
 
 class DataError(UserError):
@@ -130,8 +131,11 @@ def _handler(console: ConsoleOptions) -> logging.Handler:
             Path(console.console_log_file).parent.mkdir(parents=True, exist_ok=True)
             return logging.FileHandler(console.console_log_file, "w", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            where = f"--console_log_file {console.console_log_file}"
-            raise UserError(f"can't write the log file: {error.strerror}", where, code="E-LOG-FILE") from error
+            where, hint = (
+                f"--console_log_file {console.console_log_file}",
+                "name a file in a folder that can be written",
+            )
+            raise UserError(f"can't write the log file: {error.strerror}", where, hint, code="E-LOG-FILE") from error
     if console.console_log_simple:
         return _Terminal("stdout")
     if sys.stderr is None or not sys.stderr.isatty():  # wrapped lines and colours would hurt in files and pipes
@@ -147,12 +151,15 @@ def _handler(console: ConsoleOptions) -> logging.Handler:
 def command(main: Callable[P, None]) -> Callable[P, None]:
     """Makes a function the entry of a script: UTF-8 output, and errors as lines at the end instead of tracebacks.
 
-    The process ends with the error's exit code, 130 after Ctrl+C. With the environment variable TRAINER_DEBUG=1 the
-    traceback of users' errors is shown, too.
+    A program that was started in a narrow locale, where names of files could not be in all scripts, is started anew in
+    UTF-8. The process ends with the error's exit code, 130 after Ctrl+C. With the environment variable TRAINER_DEBUG=1
+    the traceback of users' errors is shown, too.
     """
 
     @functools.wraps(main)
     def entry(*args: P.args, **kwargs: P.kwargs) -> None:
+        if not args and not kwargs:
+            _require_utf8()
         _prepare_streams()
         try:
             main(*args, **kwargs)
@@ -187,6 +194,14 @@ def _show(lines: Sequence[str]) -> None:
     if sys.stderr is not None:
         sys.stderr.write("".join(line + "\n" for line in lines))
         sys.stderr.flush()
+
+
+def _require_utf8() -> None:
+    """Starts the program anew in Python's UTF-8 mode if the locale (C, or a one-byte one) gives files other names."""
+    if sys.platform == "win32" or sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _prepare_streams() -> None:

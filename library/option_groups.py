@@ -102,7 +102,7 @@ class FluxOptions:
     t5xxl: str | None = option(path=True, help="T5-XXL text encoder, a safetensors file; fp8 files (e4m3) work, too")
     ae: str | None = option(path=True, help="autoencoder of FLUX, a safetensors file")
     t5xxl_max_token_length: int | None = option(
-        help="tokens for T5; 512 for FLUX.1-dev and 256 for FLUX.1-schnell when not given"
+        help="tokens for T5; 512 for FLUX.1-dev and 256 for FLUX.1-schnell when not given", least=1
     )
     apply_t5_attn_mask: bool = option(
         False, help="hide padding tokens from T5 and from the transformer's attention; cached text outputs must match"
@@ -125,7 +125,9 @@ class FluxOptions:
         help="what the output is compared as: raw (velocity, usual for FLUX), additive (output + noisy latents), "
         "sigma_scaled (noisy latents - sigma x output, with the loss weight of --weighting_scheme)",
     )
-    discrete_flow_shift: float = option(3.0, help="shift of the noise levels with --timestep_sampling sigma and shift")
+    discrete_flow_shift: float = option(
+        3.0, help="shift of the noise levels with --timestep_sampling sigma and shift", least=0
+    )
     model_type: str = option("flux", choices=("flux", "chroma"), help="kind of model")
 
 
@@ -140,7 +142,7 @@ class FlowDensityOptions:
         "(sigma_sqrt, cosmap; with --model_prediction_type sigma_scaled)",
     )
     logit_mean: float = option(0.0, help="mean of logit_normal")
-    logit_std: float = option(1.0, help="standard deviation of logit_normal")
+    logit_std: float = option(1.0, help="standard deviation of logit_normal", least=0)
     mode_scale: float = option(1.29, help="shape of mode")
 
 
@@ -166,21 +168,25 @@ class DatasetOptions:
     in_json: str | None = option(
         path=True, help="metadata file with captions and tags for the images of --train_data_dir"
     )
-    dataset_repeats: int = option(1, help="repeats of each image per epoch, where the dataset doesn't say it")
+    dataset_repeats: int = option(1, help="repeats of each image per epoch, where the dataset doesn't say it", least=1)
     conditioning_data_dir: str | None = option(
         path=True, help="folder with conditioning images, which have the names of the training images"
     )
     resolution: str | None = option(
         example="1024 or 768,1152", help='area to train at, "size" or "width,height" in pixels'
     )
-    train_batch_size: int = option(1, help="images per step and GPU")
+    train_batch_size: int = option(1, help="images per step and GPU", least=1)
     enable_bucket: bool = option(
         False,
         help="train each image in a size of its own shape and about the area of --resolution instead of cropping all",
     )
-    min_bucket_reso: int = option(256, help="least side of a bucket in pixels; not used with --bucket_no_upscale")
-    max_bucket_reso: int = option(1024, help="greatest side of a bucket in pixels; not used with --bucket_no_upscale")
-    bucket_reso_steps: int = option(64, help="sides of buckets are multiples of this, at least 16 for FLUX")
+    min_bucket_reso: int = option(
+        256, help="least side of a bucket in pixels; not used with --bucket_no_upscale", least=1
+    )
+    max_bucket_reso: int = option(
+        1024, help="greatest side of a bucket in pixels; not used with --bucket_no_upscale", least=1
+    )
+    bucket_reso_steps: int = option(64, help="sides of buckets are multiples of this, at least 16 for FLUX", least=1)
     bucket_no_upscale: bool = option(False, help="never enlarge images; buckets follow the image sizes")
     resize_interpolation: str | None = option(
         choices=("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"),
@@ -238,7 +244,7 @@ class CacheOptions:
     cache_latents_to_disk: bool = option(
         False, help="store latents beside the images for later runs; implies --cache_latents"
     )
-    vae_batch_size: int = option(1, help="images encoded at once")
+    vae_batch_size: int = option(1, help="images encoded at once", least=1)
     skip_cache_check: bool = option(False, help="trust cache files that exist without looking into them")
 
 
@@ -254,10 +260,18 @@ class TextCacheOptions:
     cache_text_encoder_outputs_to_disk: bool = option(
         False, help="store text encoder outputs beside the images for later runs; implies --cache_text_encoder_outputs"
     )
-    text_encoder_batch_size: int | None = option(help="captions encoded at once; --train_batch_size when not given")
+    text_encoder_batch_size: int | None = option(
+        help="captions encoded at once; --train_batch_size when not given", least=1
+    )
 
 
 # length, precision, memory
+
+_BACKENDS = (
+    *("no", "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt"),
+    *("onnxrt", "tensorrt", "tensort", "ipex", "tvm"),
+)
+"""Compilers; `tensort` is how it was first spelled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,16 +279,22 @@ class LengthOptions:
     """Length of the run."""
 
     max_train_steps: int = option(
-        1600, help="number of optimizer steps in all; when --max_train_epochs is given, too, the smaller limit counts"
+        1600,
+        help="number of optimizer steps in all; when --max_train_epochs is given, too, the smaller limit counts",
+        least=1,
     )
     max_train_epochs: int | None = option(
         help="number of epochs in all; alone it replaces the default of --max_train_steps"
     )
     gradient_accumulation_steps: int = option(
-        1, help="batches per optimizer step; the step counts below and --max_train_steps count optimizer steps"
+        1, help="batches per optimizer step; the step counts below and --max_train_steps count optimizer steps", least=1
     )
-    seed: int | None = option(help="number that decides all randomness; drawn and reported when not given")
-    max_data_loader_n_workers: int = option(8, help="processes that read data, at most one per CPU core; 0 for none")
+    seed: int | None = option(
+        help="number that decides all randomness; drawn and reported when not given", least=0, most=2**32 - 1
+    )
+    max_data_loader_n_workers: int = option(
+        8, help="processes that read data, at most one per CPU core; 0 for none", least=0
+    )
     persistent_data_loader_workers: bool = option(False, help="keep those processes between epochs")
 
 
@@ -307,20 +327,7 @@ class MemoryOptions:
     torch_compile: bool = option(False, help="compile the model")
     dynamo_backend: str = option(
         "inductor",
-        choices=(
-            *(
-                "no",
-                "eager",
-                "aot_eager",
-                "inductor",
-                "aot_ts_nvfuser",
-                "nvprims_nvfuser",
-                "cudagraphs",
-                "ofi",
-                "fx2trt",
-            ),
-            *("onnxrt", "tensorrt", "tensort", "ipex", "tvm"),
-        ),
+        choices=_BACKENDS,
         help="compiler used with --torch_compile",
     )
 
@@ -352,15 +359,17 @@ class OptimizerOptions:
     )
     use_8bit_adam: bool = option(False, help="old spelling of --optimizer_type AdamW8bit; not together with it")
     use_lion_optimizer: bool = option(False, help="old spelling of --optimizer_type Lion; not together with it")
-    learning_rate: float = option(2e-6, help="learning rate; about 1.0 for D-adaptation and Prodigy", example="1e-4")
-    max_grad_norm: float = option(1.0, help="gradients are scaled down to this norm; 0 for no limit")
+    learning_rate: float = option(
+        2e-6, help="learning rate; about 1.0 for D-adaptation and Prodigy", example="1e-4", least=0
+    )
+    max_grad_norm: float = option(1.0, help="gradients are scaled down to this norm; 0 for no limit", least=0)
     fused_backward_pass: bool = option(
         False,
         help="update each parameter during the backward pass, which saves memory; needs Adafactor and "
         "--gradient_accumulation_steps 1",
     )
     stop_on_nonfinite: int = option(
-        3, help="stop after this many steps in a row whose loss or gradients are not finite; 0 never stops"
+        3, help="stop after this many steps in a row whose loss or gradients are not finite; 0 never stops", least=0
     )
     allow_custom_modules: bool = option(
         False, help="let --config_file name networks, optimizers and schedulers that are not known; they run as code"
@@ -383,7 +392,9 @@ class ScheduleOptions:
         help="arguments of the scheduler as name=value", example="T_max=100"
     )
     lr_scheduler_num_cycles: int = option(
-        1, help="restarts of cosine_with_restarts; halves of a cosine for cosine_with_min_lr and warmup_stable_decay"
+        1,
+        help="restarts of cosine_with_restarts; halves of a cosine for cosine_with_min_lr and warmup_stable_decay",
+        least=0,
     )
     lr_scheduler_power: float = option(1, help="exponent of polynomial")
     lr_scheduler_timescale: int | None = option(help="time scale of inverse_sqrt; the warm-up steps when not given")
@@ -408,8 +419,8 @@ class LossOptions:
         choices=("constant", "exponential", "snr"),
         help="how the limit of huber and smooth_l1 depends on the noise level; FLUX has no snr",
     )
-    huber_c: float = option(0.1, help="limit of huber and smooth_l1, from where on deviations count linearly")
-    huber_scale: float = option(1.0, help="factor on that limit, for the schedules constant and exponential")
+    huber_c: float = option(0.1, help="limit of huber and smooth_l1, from where on deviations count linearly", least=0)
+    huber_scale: float = option(1.0, help="factor on that limit, for the schedules constant and exponential", least=0)
     masked_loss: bool = option(False, help="weigh the loss by masks: conditioning images or the images' transparency")
 
 
@@ -440,7 +451,7 @@ class NoiseOptions:
     multires_noise_iterations: int | None = option(help="number of coarser levels of noise that are added")
     multires_noise_discount: float = option(0.3, help="strength of each level relative to the finer one")
     ip_noise_gamma: float | None = option(
-        help="strength of extra noise on the input that the target doesn't know of", example="0.1"
+        help="strength of extra noise on the input that the target doesn't know of", example="0.1", least=0
     )
     ip_noise_gamma_random_strength: bool = option(False, help="draw that strength between 0 and --ip_noise_gamma")
     min_timestep: int | None = option(
@@ -472,9 +483,11 @@ class SaveOptions:
     save_precision: str | None = option(
         choices=(None, "float", "fp16", "bf16"), help="type of the saved weights; as trained when not given"
     )
-    save_every_n_epochs: int | None = option(help="save every N epochs")
-    save_every_n_steps: int | None = option(help="save every N steps")
-    save_n_epoch_ratio: int | None = option(help="save about N times over the run, instead of --save_every_n_epochs")
+    save_every_n_epochs: int | None = option(help="save every N epochs", least=0)
+    save_every_n_steps: int | None = option(help="save every N steps", least=0)
+    save_n_epoch_ratio: int | None = option(
+        help="save about N times over the run, instead of --save_every_n_epochs", least=0
+    )
     save_last_n_epochs: int | None = option(
         help="of the files saved by epoch keep those of the last N epochs and delete older ones"
     )
@@ -492,7 +505,7 @@ class FullSaveOptions:
         help="format of the saved model; FLUX models are always safetensors in the original layout",
     )
     use_safetensors: bool = option(False, help="save as safetensors when --save_model_as is not given")
-    mem_eff_save: bool = option(False, help="write the model tensor by tensor, to need less memory")
+    mem_eff_save: bool = option(False, help="accepted: models are always written tensor by tensor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -598,7 +611,7 @@ class DistributedOptions:
     """Several GPUs."""
 
     ddp_timeout: int | None = option(
-        help="minutes until processes give up waiting for each other; raise it for long caching"
+        help="minutes until processes give up waiting for each other; raise it for long caching", least=0
     )
     ddp_gradient_as_bucket_view: bool = option(False, help="gradient_as_bucket_view of DistributedDataParallel")
     ddp_static_graph: bool = option(False, help="static_graph of DistributedDataParallel")
@@ -633,9 +646,11 @@ class NetworkOptions:
         help="module of the network to train; other packages' such as lycoris.kohya work, too",
     )
     network_weights: str | None = option(path=True, help="network file to go on training")
-    network_dim: int | None = option(help="rank; 4 when not given", example="16")
+    network_dim: int | None = option(help="rank; 4 when not given", example="16", least=1)
     network_alpha: float = option(1, help="the network's output is scaled by alpha / rank")
-    network_dropout: float | None = option(help="probability of leaving out elements within the network while training")
+    network_dropout: float | None = option(
+        help="probability of leaving out elements within the network while training", least=0, most=1
+    )
     network_args: tuple[str, ...] | None = option(
         example="train_blocks=single rank_dropout=0.1", help="settings of the network module as name=value"
     )
@@ -645,19 +660,21 @@ class NetworkOptions:
     base_weights: tuple[str, ...] | None = option(path=True, help="network files merged into the model before training")
     base_weights_multiplier: tuple[float, ...] | None = option(help="their strengths; 1.0 for those that are missing")
     scale_weight_norms: float | None = option(
-        help="after each step scale down network weights whose norm exceeds this", example="1.0"
+        help="after each step scale down network weights whose norm exceeds this", example="1.0", least=0
     )
     unet_lr: float | None = option(
-        help="learning rate of the transformer (or U-Net) part; --learning_rate when not given"
+        help="learning rate of the transformer (or U-Net) part; --learning_rate when not given", least=0
     )
     text_encoder_lr: tuple[float, ...] | None = option(
-        help="learning rate of the text encoder part, or one per encoder (CLIP-L, T5); --learning_rate when not given"
+        help="learning rate of the text encoder part, or one per encoder (CLIP-L, T5); --learning_rate when not given",
+        least=0,
     )
     no_metadata: bool = option(False, help="store only what is needed to use the network in the file's metadata")
     training_comment: str | None = option(help="comment stored in the file's metadata")
-    initial_epoch: int | None = option(help="epoch to start at, from 1; a resumed state knows it")
+    initial_epoch: int | None = option(help="epoch to start at, from 1; a resumed state knows it", least=0)
     initial_step: int | None = option(
-        help="number of steps that count as done, over all epochs; wins over --initial_epoch; a resumed state knows it"
+        help="number of steps that count as done, over all epochs; wins over --initial_epoch; a resumed state knows it",
+        least=0,
     )
     skip_until_initial_step: bool = option(
         False, help="start within the epoch at the place that belongs to --initial_step instead of at an epoch's begin"
@@ -665,7 +682,7 @@ class NetworkOptions:
     save_model_as: str | None = option(
         "safetensors",
         choices=(None, "ckpt", "pt", "safetensors"),
-        help="format of the saved network; always safetensors",
+        help="format of the saved network; ckpt and pt are torch files, which hold no metadata",
     )
     fp8_base_unet: bool = option(False, help="like --fp8_base, but the text encoders stay as they are")
     split_mode: bool = option(False, help="old way to save memory: keep half of the transformer on the GPU at a time")
@@ -719,10 +736,14 @@ class FluxInferenceOptions:
     prompt: str = option("A photo of a cat", help="what to show; several words in quotes")
     negative_prompt: str | None = option(help="what not to show; used with --cfg_scale above 1")
     output_dir: str = option(".", help="folder for the images")
-    width: int = option(1360, help="width in pixels, rounded to a multiple of 16")
-    height: int = option(768, help="height in pixels, rounded to a multiple of 16")
-    steps: int | None = option(help="number of steps; 4 for FLUX.1-schnell and 50 for FLUX.1-dev when not given")
-    seed: int | None = option(help="number that decides the image; drawn when not given")
+    width: int = option(1360, help="width in pixels, rounded to a multiple of 16", least=1)
+    height: int = option(768, help="height in pixels, rounded to a multiple of 16", least=1)
+    steps: int | None = option(
+        help="number of steps; 4 for FLUX.1-schnell and 50 for FLUX.1-dev when not given", least=0
+    )
+    seed: int | None = option(
+        help="number that decides the image; drawn when not given", least=-(2**63), most=2**64 - 1
+    )
     guidance: float = option(3.5, help="guidance that FLUX.1-dev embeds")
     cfg_scale: float = option(1.0, help="classifier-free guidance towards the prompt and away from --negative_prompt")
     dtype: str = option(
@@ -750,7 +771,7 @@ class InferenceExtraOptions:
         help="folder with tokenizers, each in a sub-folder named like its hub repository with / replaced by _",
     )
     t5xxl_max_token_length: int | None = option(
-        help="tokens for T5; 512 for FLUX.1-dev and 256 for FLUX.1-schnell when not given"
+        help="tokens for T5; 512 for FLUX.1-dev and 256 for FLUX.1-schnell when not given", least=1
     )
 
 
@@ -815,6 +836,10 @@ _FLUX_IGNORED = {
     "sample_sampler": "FLUX has one sampler",
     "xformers": _SDPA,
     "mem_eff_attn": _SDPA,
+    **dict.fromkeys(
+        (f"dynamo_backend={name}" for name in _BACKENDS if name not in ("no", "inductor")),
+        "it is for --torch_compile, which comes later",
+    ),
     "ddp_gradient_as_bucket_view": "gradients are averaged without DistributedDataParallel",
     "ddp_static_graph": "gradients are averaged without DistributedDataParallel",
 }
@@ -836,10 +861,8 @@ _TRAINING = (
 )
 _TRAINERS_ONLY = (OptimizerOptions, ScheduleOptions, OffloadOptions, SnrOptions, DeepSpeedOptions)
 
-_CACHING_USES = (
-    *("seed", "max_data_loader_n_workers", "persistent_data_loader_workers", "sdpa", "ddp_timeout"),
-    *("mixed_precision", "full_fp16", "full_bf16"),
-)
+_CACHING_USES = ("sdpa", "ddp_timeout", "mixed_precision", "lowram")
+_UNTRAINED = "nothing is trained"
 _CACHING_IGNORED = {
     **dict.fromkeys(
         (
@@ -848,18 +871,26 @@ _CACHING_IGNORED = {
             for spec in options_of(group)
             if spec.name not in _CACHING_USES
         ),
-        "nothing is trained",
+        _UNTRAINED,
     ),
     **dict.fromkeys(
         ("guidance_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type", "discrete_flow_shift"),
-        "nothing is trained",
+        _UNTRAINED,
     ),
     **dict.fromkeys(("v2", "v_parameterization", "clip_skip", "max_token_length", "weighted_captions"), _SD_ONLY),
     "vae": "the autoencoder of FLUX is named by --ae",
-    "zero_terminal_snr": "nothing is trained",
+    "zero_terminal_snr": _UNTRAINED,
+    **dict.fromkeys(("max_data_loader_n_workers", "persistent_data_loader_workers"), "images are read by threads"),
     "highvram": _HIGHVRAM,
     "skip_existing": "files that exist are always checked, and right ones kept",
 }
+_NO_TEXT, _NO_IMAGES = "only latents are cached here", "only text encoder outputs are cached here"
+_TEXT_ONLY = (
+    *("clip_l", "t5xxl", "pretrained_model_name_or_path", "tokenizer_cache_dir"),
+    *("t5xxl_max_token_length", "apply_t5_attn_mask", "text_encoder_batch_size"),
+    *("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
+)
+_IMAGES_ONLY = ("ae", "vae_batch_size", "cache_latents", "cache_latents_to_disk", "resize_interpolation", "flip_aug")
 
 # scripts
 
@@ -899,7 +930,6 @@ FLUX_TRAIN = Script(
         **_FLUX_IGNORED,
         "save_model_as=ckpt": "FLUX models are saved as one safetensors file",
         "use_safetensors": "FLUX models are always safetensors",
-        "mem_eff_save": "models are always written tensor by tensor",
         "fused_optimizer_groups": "not for FLUX",
     },
 )
@@ -916,7 +946,7 @@ CACHE_LATENTS = Script(
     summary="Encodes the images of a dataset once and stores the latents beside them.",
     groups=(*_CONSOLE, CacheToolOptions, *_DATASET, VaePrecisionOptions, *_TRAINING, PriorLossOptions),
     pending={**_DATASET_PENDING, "sdxl": "SDXL comes later"},
-    ignored=_CACHING_IGNORED,
+    ignored={**_CACHING_IGNORED, **dict.fromkeys(_TEXT_ONLY, _NO_TEXT)},
 )
 
 CACHE_TEXT_ENCODER_OUTPUTS = Script(
@@ -924,7 +954,7 @@ CACHE_TEXT_ENCODER_OUTPUTS = Script(
     summary="Encodes the captions of a dataset once and stores the text encoder outputs beside the images.",
     groups=(*_CONSOLE, CacheToolOptions, *_DATASET, T5DtypeOptions, *_TRAINING, PriorLossOptions),
     pending={**_DATASET_PENDING, "sdxl": "SDXL comes later"},
-    ignored=_CACHING_IGNORED,
+    ignored={**_CACHING_IGNORED, **dict.fromkeys(_IMAGES_ONLY, _NO_IMAGES)},
 )
 
 SHOW_METADATA = Script(

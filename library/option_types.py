@@ -21,12 +21,15 @@ def option(
     path: bool = False,
     secret: str | None = None,
     example: str | None = None,
+    least: float | None = None,
+    most: float | None = None,
 ) -> Any:
     """A field of an option group: the field's name is the flag, its annotation the type.
 
     `bool` makes a flag without value, `tuple[X, ...]` one that takes any number of values, `int | float` a number of
     steps or a share of the run. `path` marks files and folders that are read: in a config file they may be relative to
     its folder. `secret` names the environment variable that may hold the value; it is never shown or stored.
+    `least` and `most` limit numbers.
     """
     metadata = {
         "help": help,
@@ -35,6 +38,8 @@ def option(
         "path": path,
         "secret": secret,
         "example": example,
+        "least": least,
+        "most": most,
     }
     return field(default=default, metadata=metadata, repr=secret is None)
 
@@ -78,6 +83,8 @@ class Option:
     path: bool
     secret: str | None
     example: str | None
+    least: float | None
+    most: float | None
 
     @property
     def flag(self) -> str:
@@ -119,6 +126,17 @@ class Option:
             what = f"{_show(value)} is not a possible value"
             raise UserError(self._named(what, where), where, hint, code="E-OPTION")
         return converted
+
+    def beyond_limits(self, value: object) -> str | None:
+        """What a number, or one of several, should be instead; None when it lies within the limits."""
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, int | float):
+                continue
+            if self.least is not None and number < self.least:
+                return f"give {self.least} or more"
+            if self.most is not None and number > self.most:
+                return f"give {self.most} or less"
+        return None
 
     def _named(self, what: str, where: str) -> str:
         return what if self.flag in where else f"{self.name}: {what}"
@@ -199,7 +217,7 @@ def _flag(value: object) -> bool:
 _KINDS: dict[str, tuple[Callable[[object], object], str]] = {
     "bool": (_flag, "true or false"),
     "str": (_text, "text"),
-    "Path": (lambda value: Path(_text(value)), "a path"),
+    "Path": (lambda value: Path(text) if (text := _text(value)) else None, "a path"),
     "int": (_whole, "a whole number"),
     "float": (_number, "a number"),
     "int_or_float": (int_or_float, "a whole number of steps or a share of the run such as 0.1 or 10%"),

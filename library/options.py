@@ -161,6 +161,7 @@ def parse(script: Script, argv: Sequence[str] | None = None) -> Options:
             notes.append(f"--{old} is now called --{new}")
     _take_secrets(script, values, origins)
     _check_required(script, values)
+    _check_limits(script, values, origins)
     options = Options(script, values, origins)
     if writes_config:
         _write_config(options)
@@ -301,7 +302,7 @@ def _from_config_file(script: Script, path: Path, notes: list[str]) -> dict[str,
 
 def _located(spec: Option, value: Any, config: ConfigFile) -> Any:
     """The value with paths that exist only beside the config file made relative to the working directory."""
-    if not spec.path:
+    if not spec.path or value is None:
         return value
     if spec.many:
         return tuple(config.beside(item) for item in value)
@@ -328,6 +329,19 @@ def _hide(word: str, secret: str) -> str:
 def _check_required(script: Script, values: Mapping[str, object]) -> None:
     missing = [spec for spec in script.options() if spec.required and values.get(spec.name) in (None, "")]
     raise_all([UserError(f"{spec.flag} is missing", "command line", spec.help, code="E-OPTION") for spec in missing])
+
+
+def _check_limits(script: Script, values: Mapping[str, object], origins: Mapping[str, Origin]) -> None:
+    errors = []
+    for spec in script.options():
+        if spec.name in values and (hint := spec.beyond_limits(values[spec.name])):
+            what = f"{spec.name} can't be {_show(values[spec.name])}"
+            errors.append(UserError(what, origins[spec.name].where, hint, code="E-OPTION"))
+    raise_all(errors)
+
+
+def _show(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _write_config(options: Options) -> NoReturn:

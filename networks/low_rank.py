@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from library.log import DataError
+from library.models.memory import is_narrow, keep
 from networks.base import ModuleAdapter
 
 
@@ -179,8 +180,8 @@ class LowRankLinear(torch.autograd.Function):
     """`x W^T + b + strength * (gate * x down^T) up^T` for x (T, in) and a frozen W and b.
 
     The low-rank terms are added in place to the results of the big products, forward and backward, which saves two
-    passes over the activations each way. W isn't copied; where its type is another one it is converted for each
-    product, and not kept for the backward pass.
+    passes over the activations each way; only a product that checkpointing may keep stays as it is. W isn't copied;
+    where its type is another one it is converted for each product, and not kept for the backward pass.
     """
 
     @staticmethod
@@ -199,11 +200,14 @@ class LowRankLinear(torch.autograd.Function):
         middle = x @ small_down.T  # (T, r)
         if gate is not None:
             middle = middle * gate
-        out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))  # (T, out)
-        if weight.shape[1] >= 2 * weight.shape[0]:  # checkpointing may keep it
-            out = torch.addmm(out, middle, small_up.T, alpha=strength)
+
+        def product() -> Tensor:
+            return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))  # (T, out)
+
+        if is_narrow(weight):
+            out = torch.addmm(keep(product), middle, small_up.T, alpha=strength)
         else:
-            out.addmm_(middle, small_up.T, alpha=strength)
+            out = product().addmm_(middle, small_up.T, alpha=strength)
         ctx.save_for_backward(x, weight, small_down, small_up, middle, gate)
         ctx.strength, ctx.dtypes = strength, (down.dtype, up.dtype)
         return out

@@ -6,8 +6,12 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.cells import Cell, MakeCell
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -49,3 +53,31 @@ def _logging_as_before() -> Iterator[None]:
         root.removeHandler(handler)
         handler.close()
     root.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny model files by name, see `tests.tiny.write_all`."""
+    from tests import tiny
+
+    return tiny.write_all(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """The parent of a folder with five captioned images."""
+    from tests.cells import write_images
+
+    return write_images(tmp_path / "画像 data" / "3_thing").parent
+
+
+@pytest.fixture
+def make_cell(models: dict[str, Path], images: Path, tmp_path: Path) -> MakeCell:
+    """Makes scripts with options that train on the images."""
+    from tests.cells import CELLS, Cell
+
+    def make(cell: str, folder: str = "out") -> Cell:
+        script, more = CELLS[cell]
+        return Cell(script, models, images, tmp_path / folder, more)
+
+    return make

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,89 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests import tiny
-
-ROOT = Path(__file__).parent.parent
-SIZES = [(64, 64), (64, 64), (96, 64), (64, 96), (64, 64)]
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tiny.write_all(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    """The parent of a folder with five captioned images."""
-    folder = tmp_path / "画像 data" / "3_thing"
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    for number, (width, height) in enumerate(SIZES):
-        pixels = generator.integers(0, 255, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"i{number}.png")
-        (folder / f"i{number}.txt").write_text(f"thing number {number}", encoding="utf-8-sig")
-    return folder.parent
-
-
-class Cell:
-    """A script with the options that its tests share."""
-
-    def __init__(self, script: str, models: dict[str, Path], images: Path, output: Path, more: Sequence[str]) -> None:
-        self.script, self.output = script, output
-        self.argv = [
-            *("--pretrained_model_name_or_path", str(models["flux"]), "--clip_l", str(models["clip_l"])),
-            *("--t5xxl", str(models["t5xxl"]), "--ae", str(models["ae"])),
-            *("--tokenizer_cache_dir", str(models["tokenizers"]), "--t5xxl_max_token_length", "16"),
-            *("--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64,64"),
-            *("--enable_bucket", "--min_bucket_reso", "32", "--max_bucket_reso", "128", "--bucket_reso_steps", "32"),
-            *("--output_dir", str(output), "--output_name", "run", "--learning_rate", "1e-3", "--seed", "7"),
-            *("--timestep_sampling", "sigmoid", "--model_prediction_type", "raw", "--max_data_loader_n_workers", "0"),
-            *more,
-        ]
-
-    def __call__(self, *more: str) -> None:
-        """Runs the script in this process."""
-        importlib.import_module(self.script).main([*self.argv, *more])
-
-    def weights(self, name: str = "run") -> dict[str, Tensor]:
-        """A saved file."""
-        return load_file(self.output / f"{name}.safetensors")
-
-    def launch(self, processes: int, *more: str) -> None:
-        """Runs the script in several processes, as the launcher does on machines with several GPUs."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command += [str(ROOT / f"{self.script}.py"), *self.argv, *more]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "0", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-
-
-LORA = ("--network_module", "networks.lora_flux", "--network_dim", "4", "--network_dropout", "0.1")
-CACHED = ("--cache_latents", "--cache_text_encoder_outputs")
-CELLS = {
-    "lora, all cached": ("flux_train_network", (*LORA, *CACHED, "--network_train_unet_only")),
-    "lora with clip, t5 cached": ("flux_train_network", (*LORA, *CACHED)),
-    "lora, nothing cached": ("flux_train_network", LORA),
-    "full, all cached": ("flux_train", CACHED),
-    "full, nothing cached": ("flux_train", ()),
-}
-
-MakeCell = Callable[[str, str], Cell]
-
-
-@pytest.fixture
-def make_cell(models: dict[str, Path], images: Path, tmp_path: Path) -> MakeCell:
-    def make(cell: str, folder: str = "out") -> Cell:
-        script, more = CELLS[cell]
-        return Cell(script, models, images, tmp_path / folder, more)
-
-    return make
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    different = [name for name, tensor in left.items() if not tensor.equal(right[name])]
-    assert not different, different[:5]
+from tests.cells import CELLS, ROOT, MakeCell, assert_same, read_json
 
 
 @pytest.mark.parametrize(
@@ -125,10 +40,6 @@ def test_resuming_twice_is_the_same_as_running_straight(make_cell: MakeCell, cel
         json.loads((one / "run.json").read_text("utf-8"))["loss"]
         == json.loads((other / "run.json").read_text("utf-8"))["loss"]
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 class StopAt:

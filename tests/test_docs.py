@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import io
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,13 +12,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from library.data import config
 from library.log import UserError
 from library.option_docs import renew
-from library.option_groups import FLUX_TRAIN_NETWORK, SCRIPTS
+from library.option_groups import FLUX_MINIMAL_INFERENCE, FLUX_TRAIN, FLUX_TRAIN_NETWORK, SCRIPTS
 from library.option_types import Script
 from library.options import parse
+from tests.cells import write_images
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -90,6 +94,93 @@ def test_commands_parse(page: Path, tmp_path: Path) -> None:
             parse(script, with_config_file(arguments, tmp_path))
         except UserError as error:
             pytest.fail(f"{page.name}: {shlex.join(words)}\n{error}")
+
+
+class Tiny:
+    """Small stand-ins for what the commands of the documentation name."""
+
+    def __init__(self, folder: Path, models: dict[str, Path]) -> None:
+        images = write_images(folder / "train" / "1_cat", [(64, 64), (64, 64)])
+        (folder / "cats.toml").write_text(
+            "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n"
+            f"image_dir = '{images.as_posix()}'\ncaption_extension = '.txt'\n",
+            encoding="utf-8",
+        )
+        (folder / "prompts.txt").write_text("a cat --w 64 --h 64 --s 1 --d 1\n", encoding="utf-8")
+        self.folder = folder
+        self.values = {
+            **{name: str(models[name]) for name in ("clip_l", "t5xxl", "ae")},
+            "pretrained_model_name_or_path": str(models["flux"]),
+            "ckpt_path": str(models["flux"]),
+            "dataset_config": str(folder / "cats.toml"),
+            "train_data_dir": str(folder / "train"),
+            "output_dir": str(folder / "output"),
+            "logging_dir": str(folder / "logs"),
+            "sample_prompts": str(folder / "prompts.txt"),
+            "lora_weights": str(folder / "output" / "my_cat.safetensors"),
+            "model": str(folder / "output" / "my_cat.safetensors"),
+            "resolution": "256",
+            "max_bucket_reso": "512",
+            "width": "64",
+            "height": "64",
+            "steps": "1",
+        }
+        base = {name: self.values[name] for name in (*models.keys() - {"flux", "tokenizers"}, "dataset_config")}
+        base |= {"pretrained_model_name_or_path": str(models["flux"]), "network_module": "networks.lora_flux"}
+        base |= {"output_dir": self.values["output_dir"], "output_name": "my_cat"}
+        self.config = folder / "my_cat.toml"
+        self.config.write_text(
+            "".join(f"{name} = '{value}'\n" for name, value in base.items()), encoding="utf-8", newline="\n"
+        )
+
+    def command(self, script: Script, arguments: list[str]) -> list[str]:
+        """The command with files that are there, one step long."""
+        made = list(arguments)
+        if "--config_file" in made:
+            made[made.index("--config_file") + 1] = str(self.config)
+        elif script in TRAINERS and "--pretrained_model_name_or_path" not in made:
+            made += ["--config_file", str(self.config), "--dataset_config", ""]
+        for name, value in self.values.items():
+            if f"--{name}" in arguments:
+                made += [f"--{name}", value]
+        if script is FLUX_MINIMAL_INFERENCE:
+            made += ["--width", "64", "--height", "64", "--steps", "1"]
+        if script in TRAINERS:
+            made += ["--max_train_steps", "1", "--max_data_loader_n_workers", "0"]
+        return made
+
+
+TRAINERS = (FLUX_TRAIN_NETWORK, FLUX_TRAIN)
+
+
+def test_commands_run(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every command of a script, on tiny models; first those that make a LoRA for the others."""
+    tiny = Tiny(tmp_path, models)
+    monkeypatch.chdir(tmp_path)
+    found = [
+        (script, page, arguments)
+        for page in PAGES
+        for words in commands(page)
+        if words[0] not in PROGRAMS and (script := script_of(program(words)[0])) is not None
+        for arguments in [program(words)[1]]
+        if "examples/" not in " ".join(arguments)
+    ]
+    assert len(found) > 12
+    for script, page, arguments in sorted(found, key=lambda item: SCRIPTS.index(item[0])):
+        monkeypatch.setattr("sys.stdin", io.StringIO(""))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        caplog.clear()
+        module = script.name.removesuffix(".py").replace("/", ".")
+        try:
+            importlib.import_module(module).main(tiny.command(script, arguments))
+        except SystemExit as ended:
+            pytest.fail(f"{page.name}: {script.name} {shlex.join(arguments)}\nexit code {ended.code}, {caplog.text}")
+        idle = [message for message in caplog.messages if "it does nothing" in message or "without effect" in message]
+        assert not idle, f"{page.name}: {shlex.join(arguments)}"
+    assert (tmp_path / "output" / "my_lora.safetensors").is_file()
+    assert list(tmp_path.glob("train/1_cat/*_flux.npz"))
 
 
 @each_page

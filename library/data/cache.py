@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
@@ -80,6 +81,18 @@ class Check(Generic[StoreT, EntryT]):
     def summary(self) -> Summary:
         """Counts for people."""
         return Summary(self.kind, self.total, Counter(self.stale.values()))
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the store outlives the process."""
+        return isinstance(self.store, LatentsFiles | TextFiles)
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where files will be written."""
+        if not self.on_disk:
+            return []
+        return sorted({self.store.entries[number].paths[0].parent for number in self.stale})
 
     @property
     def bytes_needed(self) -> int:
@@ -164,7 +177,7 @@ def _checked(check: Check[StoreT, EntryT], mine: Sequence[EntryT], visible: bool
 def fill_latents(
     data: TrainingData,
     encode: EncodeImages,
-    identity: str,
+    identity: str = "",
     *,
     dtype: str = "",
     to_disk: bool = True,
@@ -177,6 +190,7 @@ def fill_latents(
 ) -> Summary:
     """Encodes the latents that are missing or stale and makes `data` use the cache.
 
+    `check` is what `check_latents` gave, whose arguments then count; None: it is made here.
     Processes share the work without waiting for one another; wait for all before training. What is encoded stays,
     whatever happens afterwards. Errors: DataError naming all images that can't be decoded, or the one that gives NaN.
     """
@@ -305,7 +319,7 @@ class _Writer:
 def fill_text(
     data: TrainingData,
     encode: EncodeText,
-    identity: str,
+    identity: str = "",
     *,
     dtype: str = "",
     to_disk: bool = True,
@@ -318,6 +332,7 @@ def fill_text(
 ) -> Summary:
     """Encodes the captions whose outputs are missing or stale, each different one once, and makes `data` use the cache.
 
+    `check` is what `check_text` gave, whose arguments then count; None: it is made here.
     Processes share the work without waiting for one another; wait for all before training. What is encoded stays,
     whatever happens afterwards. Errors: DataError naming an image whose caption gives NaN.
     """

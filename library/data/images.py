@@ -67,8 +67,11 @@ class Header:
     mtime_ns: int
 
 
-def read_header(path: str, *, ignore_orientation: bool = False) -> Header:
-    """Size, orientation and transparency of an image file, whatever its extension says. Errors: DamagedImageError."""
+def read_header(path: str, *, ignore_orientation: bool = False, thorough: bool = False) -> Header:
+    """Size, orientation and transparency of an image file, whatever its extension says.
+
+    `thorough` reads the whole of a PNG and compares its checksums. Errors: DamagedImageError.
+    """
     _register_plugins()
     try:
         with Path(path).open("rb") as file:
@@ -76,7 +79,7 @@ def read_header(path: str, *, ignore_orientation: bool = False) -> Header:
             if status.st_size == 0:
                 raise DamagedImageError("the file is empty")
             with Image.open(file) as image:
-                late_exif = _check_whole(image, file, status.st_size)
+                late_exif = _check_whole(image, file, status.st_size, thorough)
                 orientation = 1 if ignore_orientation else _orientation(image, late_exif)
                 width, height = image.size[::-1] if orientation >= 5 else image.size
                 transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
@@ -105,12 +108,12 @@ def _not_an_image(path: str) -> str:
     return f"it is no image but {kind}" if kind else "it is no image that Pillow knows"
 
 
-def _check_whole(image: Image.Image, file: BinaryIO, size: int) -> bytes | None:
+def _check_whole(image: Image.Image, file: BinaryIO, size: int, thorough: bool) -> bytes | None:
     """Whether the end of the file is there, reading as little as possible; gives the EXIF data of a PNG."""
     position = file.tell()
     late_exif = None
     if image.format == "PNG":
-        late_exif = _check_png(file, size)
+        late_exif = _check_png(file, size, sums=thorough)
     elif image.format == "WEBP":
         file.seek(4)
         if int.from_bytes(file.read(4), "little") + 8 > size:

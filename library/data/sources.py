@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from library.data import buckets, captions, folders
@@ -130,7 +131,11 @@ def scan(
         for index, settings in enumerate(config.datasets)
         for subset, folder in _usable(settings, known, result.findings)
     ]
-    _read_headers({str(folder.path): folder for _, _, folder in used}.values(), ignore_exif_orientation, visible)
+    _read_headers(
+        {str(folder.path): folder for _, _, folder in used}.values(),
+        partial(read_header, ignore_orientation=ignore_exif_orientation, thorough=skip_bad_images),
+        visible,
+    )
     with ThreadPoolExecutor(THREADS) as pool:
         for index, subset, folder in used:
             texts = dict(
@@ -186,13 +191,13 @@ def _usable(
                 findings.append(folders.no_images(directory, subset.where))
 
 
-def _read_headers(all_folders: Iterable[_Folder], ignore_orientation: bool, visible: bool) -> None:
+def _read_headers(all_folders: Iterable[_Folder], read_one: Callable[[str], Header], visible: bool) -> None:
     """Reads the headers of all images with many threads."""
 
     def read(job: tuple[_Folder, str]) -> None:
         folder, name = job
         try:
-            folder.headers[name] = read_header(str(folder.path / name), ignore_orientation=ignore_orientation)
+            folder.headers[name] = read_one(str(folder.path / name))
         except DamagedImageError as damage:
             folder.headers[name] = str(damage)
 

@@ -29,6 +29,12 @@ class Family(Protocol):
     def findings(self) -> list[Finding]:
         """What is wrong with the model files named in the options, read from their headers only."""
 
+    def part_shapes(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        """Shapes of the tensors of the denoiser (`unet`) and of each text encoder, by name, from the headers only."""
+
+    def text_output_bytes(self) -> int:
+        """Room on the disk that the text outputs of one caption need, at most."""
+
     def load_tokenizers(self) -> None:
         """Loads the tokenizers. Errors: UserError when their files are found nowhere."""
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from library.families.tokenizers import CLIP_L, T5_XXL, load_tokenizer
+from library.findings import of_error, warning
 from library.log import UserError, get_logger
 from library.models import autoencoder, clip, detect, loading, t5
 from library.models.flux import Flux as FluxModel
-from library.models.flux import image_ids, patchify, unpatchify
+from library.models.flux import image_ids, patchify, text_ids, unpatchify
+from library.models.quantized import is_float8
 from library.objectives import Flow, FlowSettings
 from library.option_groups import (
     FlowDensityOptions,
@@ -25,8 +27,10 @@ from library.option_groups import (
     LossOptions,
     ModelOptions,
     NoiseOptions,
+    OptimizerOptions,
 )
 from library.options import Options
+from library.places import check_readable
 from library.types import Cond, Finding, Tokens, Traits
 
 logger = get_logger(__name__)
@@ -35,6 +39,9 @@ LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159
 T5_LENGTH = {True: 512, False: 256}
 """Default number of T5 tokens, by whether the model embeds guidance (dev) or not (schnell)."""
 CLIP_POSITIONS = "embeddings.position_embedding.weight"
+T5_QUERY = "block.0.layer.0.SelfAttention.q.weight"
+FILE_BYTES = 4096
+"""What a cache file has besides its numbers, about."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ class Flux:
     settings: FlowSettings = field(default_factory=FlowSettings)
     guidance: float = 3.5
     """Embedded guidance of training."""
+    guidance_given: bool | None = None
+    """Whether the user chose it; None where nothing is trained."""
 
     traits: ClassVar[Traits] = Traits(
         name="flux",
@@ -88,8 +97,6 @@ class Flux:
     def from_options(cls, options: Options) -> Flux:
         """The family as a training or caching script's options want it."""
         model, flux = options[ModelOptions], options[FluxOptions]
-        if flux.guidance_scale == 3.5 and not options.given("guidance_scale"):
-            logger.info("--guidance_scale is 3.5 by default; 1.0 is the usual choice for training on FLUX.1-dev")
         return cls(
             FluxFiles(
                 transformer=model.pretrained_model_name_or_path,
@@ -103,6 +110,7 @@ class Flux:
             ),
             flow_settings(options),
             flux.guidance_scale,
+            options.given("guidance_scale") if options.has(OptimizerOptions) else None,
         )
 
     @classmethod
@@ -131,14 +139,54 @@ class Flux:
             (self.files.t5xxl, "--t5xxl", "t5xxl"),
             (self.files.ae, "--ae", "flux_ae"),
         )
-        found = [detect.check(path, option, kind) for path, option, kind in wanted if path]
-        return [finding for finding in found if finding is not None]
+        found: list[Finding] = []
+        for path, option, kind in wanted:
+            if path and not (unreadable := check_readable(path, option)):
+                found += filter(None, [detect.check(path, option, kind)])
+            elif path:
+                found += unreadable
+        if self.guidance_given is not None:
+            found += self._training_findings(usable=bool(self.files.transformer) and not found)
+        return found
+
+    def _training_findings(self, *, usable: bool) -> list[Finding]:
+        """What is wrong with settings of the training; `usable`: whether the transformer's header can be read."""
+        if usable and self.embeds_guidance and not self.guidance_given:
+            logger.info("--guidance_scale is 3.5 by default; 1.0 is the usual choice for training on FLUX.1-dev")
+        found: list[Finding] = []
+        if usable and self.guidance_given and not self.embeds_guidance:
+            found.append(warning("it does nothing: this model has no guidance input", "--guidance_scale"))
+        try:
+            self.objective()
+        except UserError as mistake:
+            found.append(of_error(mistake, ""))
+        return found
 
     @cached_property
     def embeds_guidance(self) -> bool:
         """Whether the model has a guidance input, as FLUX.1-dev has and FLUX.1-schnell has not."""
         names = loading.header_of(self.files.required("transformer"), "flux", self.files.transformer_option).tensors
         return any("guidance_in." in name or "guidance_embedder." in name for name in names)
+
+    def part_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Shapes of the tensors of the transformer and the text encoders, from the headers only."""
+        transformer = loading.flux_shapes(self.files.required("transformer"), self.files.transformer_option)
+        return {"unet": transformer, **self._encoder_shapes()}
+
+    def _encoder_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        return {
+            name: loading.header_of(self.files.required(name), name, f"--{name}").shapes for name in self.encoder_names
+        }
+
+    def text_output_bytes(self) -> int:
+        """Room on the disk that the text outputs of one caption need, at most; 0 without text encoders."""
+        if not self.files.clip_l and not self.files.t5xxl:
+            return 0
+        shapes = self._encoder_shapes()
+        t5_width = next(shape[1] for name, shape in shapes["t5xxl"].items() if name.endswith(T5_QUERY))
+        clip_width = next(shape[1] for name, shape in shapes["clip_l"].items() if name.endswith(CLIP_POSITIONS))
+        per_token = 4 * t5_width + 3 * 4 + 8  # output, position, mask
+        return self.t5_length * per_token + 4 * clip_width + FILE_BYTES
 
     @property
     def t5_length(self) -> int:
@@ -192,8 +240,9 @@ class Flux:
     # text
 
     def load_tokenizers(self) -> None:
-        """Loads the tokenizers. Errors: ResourceError when their files are found nowhere."""
-        _ = self._tokenizers
+        """Loads the tokenizers if there are text encoders. Errors: ResourceError when their files are nowhere."""
+        if self.files.clip_l or self.files.t5xxl:
+            _ = self._tokenizers
 
     @cached_property
     def _tokenizers(self) -> dict[str, Any]:
@@ -244,7 +293,7 @@ class Flux:
             cond["t5_out"] = t5.t5_hidden(
                 encoders["t5xxl"], tokens["t5xxl"], mask if self.files.apply_t5_mask else None
             )
-            cond["txt_ids"] = torch.zeros(*mask.shape, 3, device=mask.device)
+            cond["txt_ids"] = text_ids(cond["t5_out"])
             cond["t5_attn_mask"] = mask
             cond["apply_t5_attn_mask"] = torch.full((len(mask),), self.files.apply_t5_mask, device=mask.device)
         return cond
@@ -298,7 +347,8 @@ class Flux:
         """The velocity (B, 16, h, w) for noisy latents x at timesteps (B,) in [0, 1000]."""
         model = denoiser
         assert isinstance(model, FluxModel)
-        dtype = model.img_in.weight.dtype
+        stored = model.img_in.weight.dtype
+        dtype = x.dtype if is_float8(stored) else stored  # eight bits are for storage; autocast says what to compute in
         if guidance is None:
             guidance = torch.full_like(timesteps, self.guidance)
         velocity: Tensor = model(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.log import ResourceError, get_logger
+from library import hub
+from library.log import DataError, ResourceError, get_logger
 
 logger = get_logger(__name__)
 
@@ -18,37 +19,54 @@ class TokenizerSource:
 
     repository: str
     class_name: str
-    files: tuple[str, ...]
-    """One of these must be in a folder that holds the tokenizer."""
+    files: tuple[tuple[str, ...], ...]
+    """Sets of files, each of which is enough to make it."""
 
     @property
     def folder(self) -> str:
         """Its folder below `--tokenizer_cache_dir`."""
         return self.repository.replace("/", "_")
 
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder holds it."""
+        return any(all((folder / name).is_file() for name in names) for names in self.files)
 
-CLIP_L = TokenizerSource("openai/clip-vit-large-patch14", "CLIPTokenizerFast", ("tokenizer.json", "vocab.json"))
-T5_XXL = TokenizerSource("google/t5-v1_1-xxl", "T5TokenizerFast", ("tokenizer.json", "spiece.model"))
+
+CLIP_L = TokenizerSource(
+    "openai/clip-vit-large-patch14", "CLIPTokenizer", (("tokenizer.json",), ("vocab.json", "merges.txt"))
+)
+T5_XXL = TokenizerSource("google/t5-v1_1-xxl", "T5Tokenizer", (("tokenizer.json",), ("spiece.model",)))
+
+EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")
+"""Files that come with every tokenizer."""
+LEAST_TOKENS = 100
+"""A tokenizer with fewer was made of nothing, which the library that reads them does without a word."""
 
 
 def load_tokenizer(source: TokenizerSource, cache_dir: str | None, beside: Sequence[str | None]) -> Any:
-    """The tokenizer, from `cache_dir`, from a folder `tokenizer*` beside one of the files in `beside`, or from the hub.
+    """The tokenizer: of `cache_dir`, of a folder beside one of the files in `beside`, of the hub's cache, of the hub.
 
-    Errors: ResourceError when it is nowhere and the hub can't be reached.
+    The hub is asked only where nothing is on the disk. Errors: ResourceError when it is nowhere and the hub can't be
+    reached, DataError when its files are damaged.
     """
     for folder in _candidates(source, cache_dir, beside):
-        if any((folder / name).is_file() for name in source.files):
-            return _load(source, str(folder), local=True)
-    try:
-        tokenizer = _load(source, source.repository, local=False)
-    except (OSError, ValueError) as error:
-        where = Path(cache_dir or "TOKENIZER_CACHE_DIR") / source.folder
+        if source.is_in(folder):
+            return _load(source, folder)
+    names = sorted({name for files in source.files for name in files} | set(EXTRAS))
+    found = hub.fetch_folder(source.repository, names, cached_only=True)
+    if found is not None and source.is_in(found):
+        return _load(source, found)
+    logger.info("the tokenizer %s is not on this computer: asking the hub for it", source.repository)
+    found = hub.fetch_folder(source.repository, names)
+    if found is None or not source.is_in(found):
+        needed = ", or ".join(" and ".join(files) for files in source.files)
         raise ResourceError(
             f"the tokenizer {source.repository} is not on this computer and the hub can't be reached",
-            str(where),
-            f"put its files ({' or '.join(source.files)}) there and give --tokenizer_cache_dir",
+            str(Path(cache_dir or "TOKENIZER_CACHE_DIR") / source.folder),
+            f"put {needed}, with {' and '.join(EXTRAS)}, into that folder and give --tokenizer_cache_dir",
             code="E-TOKENIZER",
-        ) from error
+        )
+    tokenizer = _load(source, found)
     if cache_dir is not None:
         tokenizer.save_pretrained(str(Path(cache_dir) / source.folder))
         logger.info("tokenizer %s stored in %s", source.repository, cache_dir)
@@ -64,7 +82,17 @@ def _candidates(source: TokenizerSource, cache_dir: str | None, beside: Sequence
     return folders
 
 
-def _load(source: TokenizerSource, place: str, *, local: bool) -> Any:
+def _load(source: TokenizerSource, folder: Path) -> Any:
     import transformers
 
-    return getattr(transformers, source.class_name).from_pretrained(place, local_files_only=local)
+    try:
+        tokenizer = getattr(transformers, source.class_name).from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, str(error).splitlines()[0]) from error
+    if len(tokenizer) < LEAST_TOKENS:
+        raise _damaged(folder, f"it has {len(tokenizer)} tokens only")
+    return tokenizer
+
+
+def _damaged(folder: Path, reason: str) -> DataError:
+    return DataError(f"the tokenizer can't be read: {reason}", str(folder), "fetch its files again", code="E-TOKENIZER")

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from library import devices
+from library import devices, findings
 from library.families.flux import Flux
 from library.generate.session import Session
 from library.log import UserError, get_logger
-from library.models import quantized
+from library.models import detect, quantized
 from library.option_groups import FluxInferenceOptions, InferenceExtraOptions
+from library.places import check_readable, check_writable
 from library.sampling import SampleRequest, to_image
 from library.sampling import generate as sample
-from library.types import Cond
+from library.types import Cond, Finding
 from networks import lora_flux, reading
 
 if TYPE_CHECKING:
@@ -66,13 +67,13 @@ class Dtypes:
 
     @classmethod
     def from_options(cls, options: FluxInferenceOptions) -> Dtypes:
-        """Each part's own option, else `--dtype`."""
-        every = devices.dtype_of(options.dtype)
+        """Each part's own option, else `--dtype`. Errors: UserError for an unknown type."""
 
-        def own(name: str | None) -> torch.dtype:
-            return every if name is None else devices.dtype_of(name)
+        def of(part: str) -> torch.dtype:
+            option = f"{part}_dtype" if getattr(options, f"{part}_dtype") else "dtype"
+            return devices.dtype_of(getattr(options, option), f"--{option}")
 
-        return cls(own(options.clip_l_dtype), own(options.t5xxl_dtype), own(options.ae_dtype), own(options.flux_dtype))
+        return cls(of("clip_l"), of("t5xxl"), of("ae"), of("flux"))
 
 
 @dataclass
@@ -109,8 +110,7 @@ class Painter:
                 device=self.device,
             )
         with self._in_use("ae") as vae:
-            parameter = next(vae.parameters())
-            pixels = self.family.decode_latents(vae, latents.to(parameter.dtype))
+            pixels = self.family.decode_latents(vae, latents)
         return to_image(pixels)
 
     def set_multipliers(self, multipliers: Sequence[float]) -> None:
@@ -152,6 +152,7 @@ class Painter:
             self._parts[name] = self._load(name)
             if name != "ae":
                 self._attach(name)
+                self._store(name)
         return self._parts[name]
 
     def _load(self, name: str) -> nn.Module:
@@ -161,10 +162,14 @@ class Painter:
         if name == "ae":
             return self.family.load_vae(device, compute)
         if name == "flux":
-            module = self.family.load_denoiser(device, compute).requires_grad_(False)
-        else:
-            module = self.family.load_encoders([name], device, compute)[name]
-        return quantized.store_linears(module, dtype) if quantized.is_float8(dtype) else module
+            return self.family.load_denoiser(device, compute).requires_grad_(False)
+        return self.family.load_encoders([name], device, compute)[name]
+
+    def _store(self, name: str) -> None:
+        """Puts a part that shall be stored in eight bits into them; networks are merged before, in full precision."""
+        dtype: torch.dtype = getattr(self.dtypes, name)
+        if quantized.is_float8(dtype):
+            quantized.store_linears(self._parts[name], dtype)
 
     def _attach(self, name: str) -> None:
         """Applies or merges the networks to one part, each as far as it has weights for it.
@@ -203,19 +208,19 @@ class Painter:
 
 def generate(options: Options) -> None:
     """Makes the images that the inference script's options ask for."""
-    group = options[FluxInferenceOptions]
-    family = Flux.from_inference_options(group, options[InferenceExtraOptions])
-    problems = [finding for finding in family.findings() if finding.error]
-    if problems:
-        first = problems[0]
-        raise UserError(first.what, first.where, first.hint, code=first.code)
+    group, extra = options[FluxInferenceOptions], options[InferenceExtraOptions]
+    family = Flux.from_inference_options(group, extra)
+    loras = [LoraFile.parse(text) for text in group.lora_weights]
+    findings.report([*_check_files(group, loras), *family.findings()])
+    dtypes = Dtypes.from_options(group)
+    findings.report(_idle(options, family, dtypes))
     family.load_tokenizers()
     painter = Painter(
         family,
-        Dtypes.from_options(group),
+        dtypes,
         devices.best_device(),
         offload=group.offload,
-        loras=[LoraFile.parse(text) for text in group.lora_weights],
+        loras=loras,
         merge=group.merge_lora_weights,
         keep_encoders=group.interactive,
     )
@@ -229,13 +234,41 @@ def generate(options: Options) -> None:
         guidance=group.guidance,
         cfg=1.0 if group.negative_prompt is None else group.cfg_scale,
     )
-    if group.cfg_scale != 1.0 and group.negative_prompt is None and not group.interactive:
-        logger.warning("--cfg_scale does nothing without --negative_prompt; an empty one will do")
     session = Session(painter.render, Path(group.output_dir), set_multipliers=painter.set_multipliers)
     if group.interactive:
         session.run_interactive(first_request)
     else:
         session.run([first_request])
+
+
+def _check_files(group: FluxInferenceOptions, loras: Sequence[LoraFile]) -> Iterator[Finding]:
+    """What is wrong with the files and folders besides those of the model itself."""
+    for name in ("clip_l", "t5xxl", "ae"):
+        if not getattr(group, name):
+            yield findings.error("a model file is missing", f"--{name}", f"give --{name} FILE", "E-MODEL-NONE")
+    yield from check_writable(Path(group.output_dir), "--output_dir")
+    for lora in loras:
+        missing = check_readable(lora.path, "--lora_weights")
+        wrong = None if missing else detect.check(lora.path, "--lora_weights", "network")
+        yield from (*missing, *filter(None, [wrong]))
+
+
+def _idle(options: Options, family: Flux, dtypes: Dtypes) -> Iterator[Finding]:
+    """A warning for each option that does nothing beside the others, or with this model."""
+    group = options[FluxInferenceOptions]
+    if group.cfg_scale != 1.0 and group.negative_prompt is None and not group.interactive:
+        yield findings.warning("it does nothing without --negative_prompt", "--cfg_scale", "an empty one will do")
+    if group.cfg_scale == 1.0 and group.negative_prompt and not group.interactive:
+        yield findings.warning("it does nothing without --cfg_scale above 1", "--negative_prompt")
+    if group.merge_lora_weights and not group.lora_weights:
+        yield findings.warning("it does nothing without --lora_weights", "--merge_lora_weights")
+    if options.given("guidance") and not family.embeds_guidance:
+        yield findings.warning("it does nothing: this model has no guidance input", "--guidance")
+    if quantized.is_float8(dtypes.ae):
+        yield findings.warning("fp8 is for the other parts: the autoencoder is kept in bfloat16", "--ae_dtype")
+    for name in ("prompt", "negative_prompt", "seed") if group.interactive else ():
+        if options.given(name):
+            yield findings.warning("it does nothing with --interactive, which asks for it", f"--{name}")
 
 
 def _refuse_nan(cond: Cond) -> None:

@@ -70,6 +70,8 @@ class Session:
     def _make(self, request: SampleRequest) -> Path:
         if request.multipliers is not None and self.set_multipliers is not None:
             self.set_multipliers(request.multipliers)
+        if request.seed is not None and not -(2**63) <= request.seed < 2**64:
+            raise UserError(f"the seed {request.seed} is too large", "--d", "give a number below 2**64")
         request = request.fitted(self.multiple, up=True).seeded(secrets.randbits(32))
         path = self._free_path(f"{timestamp()}_{request.seed}")
         save_png(self.render(request), path, image_metadata(request))

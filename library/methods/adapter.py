@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,8 @@ logger = get_logger(__name__)
 
 DENOISER = "unet"
 """What the ecosystem's protocol calls the denoiser."""
+LIKELY_RANK = 4
+"""What plug-ins take where no rank is given, for estimates."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,23 @@ class Adapter(Method):
         ask = getattr(self.plugin, "trained_encoders", plugins.trained_encoders)
         covered = set(ask(names, self.arguments))
         return [name for name in names if name in covered and self.rates.encoders[name].value != 0]
+
+    def trained_elements(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> int:
+        """Two matrices for each matrix of the trained parts, as low-rank networks have; or what the file holds."""
+        if self.options.dim_from_weights:
+            return sum(map(math.prod, files.header(str(self.options.network_weights)).shapes.values()))
+        rank = self.options.network_dim or LIKELY_RANK
+        parts = [shapes[name] for name in ([DENOISER] if self.trains_denoiser else []) + self._encoders]
+        matrices = [
+            shape for part in parts for name, shape in part.items() if len(shape) == 2 and "embedding" not in name
+        ]
+        return sum(rank * sum(shape) for shape in matrices)
+
+    def changes_to_encoders(self) -> str:
+        """Content and strength of the files of `--base_weights`."""
+        multipliers = chain(self.options.base_weights_multiplier or (), repeat(1.0))
+        used = zip(self.options.base_weights or (), multipliers, strict=False)
+        return "".join(f"+{files.fingerprint(path)}*{multiplier:g}" for path, multiplier in used)
 
     # attaching
 

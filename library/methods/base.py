@@ -75,6 +75,14 @@ class Method(ABC):
         """Components that are not trained, and why, in words."""
         return {}
 
+    def changes_to_encoders(self) -> str:
+        """Stands for all that `loaded` does to text encoders, for the keys of their caches; empty: nothing."""
+        return ""
+
+    @abstractmethod
+    def trained_elements(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> int:
+        """How many numbers will be trained, about; `shapes` are those of the tensors of each part of the model."""
+
     def loaded(self, models: Models) -> None:  # noqa: B027 - nothing to do by default
         """Called with the parts of the model just loaded, before anything is computed with them."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,10 @@ class Full(Method):
     def frozen(self) -> dict[str, str]:
         """The text encoders."""
         return dict.fromkeys(self._encoder_names, "this script trains the denoiser only")
+
+    def trained_elements(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> int:
+        """All of the denoiser."""
+        return sum(map(math.prod, shapes[DENOISER].values()))
 
     def attach(self, models: Models) -> None:
         """Makes the denoiser trainable, in the type of the trained weights."""

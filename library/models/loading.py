@@ -105,6 +105,12 @@ def header_of(path: Path | str, role: str, option: str) -> Header:
     return joint_header(locate(path, option, ROLES[role].folders), option)
 
 
+def flux_shapes(path: Path | str, option: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a FLUX.1 transformer, BFL names, from the headers only."""
+    shapes = header_of(path, "flux", option).shapes
+    return mapped_shapes(shapes, flux_recipes(shapes))
+
+
 def fingerprint_of(path: Path | str, role: str, option: str) -> str:
     """Changes when a file of the model changes."""
     return "-".join(fingerprint(file) for file in locate(path, option, ROLES[role].folders))

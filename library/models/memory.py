@@ -2,50 +2,64 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-_PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}
-"""Matrix products, and where their first matrix stands among the arguments."""
 _NARROWING = 2
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The repeated blocks of a model: what its module lists hold, in order."""
+    """The repeated blocks of a model: what its outermost module lists hold, in order."""
     for child in model.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
+        yield from child if isinstance(child, nn.ModuleList) else blocks(child)
 
 
 def checkpoint_blocks(model: nn.Module, every: int = 1, *, offload: bool = False) -> None:
     """Let each `every`-th block keep only its inputs for the backward pass and run forward again there.
 
     Results of products that are much narrower than what goes in, such as those of the last layer of an MLP, are kept,
-    too: they are most of the work for the least memory.
+    too: they are most of the work for the least memory. Best called when adapters are on: layers that have one keep
+    their product themselves, see `keep`.
 
     Args:
         offload: keep the inputs in main memory meanwhile.
     """
     for index, block in enumerate(blocks(model)):
-        if index % every == 0:
-            block.forward = _recomputed(block.forward, offload)
+        if index % every:
+            continue
+        block.forward = _recomputed(block.forward, offload)
+        for layer in block.modules():
+            if _keeps_its_product(layer):
+                layer.forward = partial(_narrow, layer)
+
+
+def is_narrow(weight: Tensor) -> bool:
+    """Whether the product with a weight (out, in) is worth keeping: much work, and little that comes out."""
+    return weight.shape[1] >= _NARROWING * weight.shape[0]
+
+
+def _keeps_its_product(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and "forward" not in layer.__dict__ and is_narrow(layer.weight)
 
 
 def _recomputed(forward: Callable[..., Any], offload: bool) -> Callable[..., Any]:
-    def run(*inputs: Any) -> Any:
+    def run(*inputs: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(*inputs)
+            return forward(*inputs, **named)
         if not offload:
-            return checkpoint(forward, *inputs, use_reentrant=False, context_fn=_keep_narrow_products)
+            return checkpoint(forward, *inputs, use_reentrant=False, context_fn=_two_passes, **named)
         devices = [value.device if isinstance(value, Tensor) else None for value in inputs]
 
         def from_main_memory(*stored: Any) -> Any:
-            return forward(*(_move(value, device) for value, device in zip(stored, devices, strict=True)))
+            return forward(*(_move(value, device) for value, device in zip(stored, devices, strict=True)), **named)
 
         stored = [_move(value, torch.device("cpu")) for value in inputs]
         return checkpoint(from_main_memory, *stored, use_reentrant=False)
@@ -53,18 +67,93 @@ def _recomputed(forward: Callable[..., Any], offload: bool) -> Callable[..., Any
     return run
 
 
-def _keep(_: Any, operation: Any, *args: Any, **__: Any) -> CheckpointPolicy:
-    at = _PRODUCTS.get(operation)
-    if at is not None:
-        inner, width = args[at + 1].shape
-        if inner >= _NARROWING * width:
-            return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
-
-
-_keep_narrow_products = partial(create_selective_checkpoint_contexts, _keep)
-
-
 def _move(value: Any, device: torch.device | None) -> Any:
     """Tensors with a gradient go to the device; masks and tables, shared by all blocks, stay where they are."""
     return value.to(device) if isinstance(value, Tensor) and value.requires_grad else value
+
+
+# results that the second pass takes over
+
+# torch.utils.checkpoint has policies for this, but they send every operation through Python: with FLUX.1 that takes
+# longer than a fast GPU needs for the step.
+
+
+def keep(compute: Callable[[], Tensor]) -> Tensor:
+    """What `compute` gives; in the second pass through a block, what it gave in the first.
+
+    Only for use inside the `forward` of a `torch.autograd.Function`, and in the same order in both passes.
+    """
+    entered = _here.now
+    return compute() if entered is None else entered.take(compute)
+
+
+class _Pass:
+    """A pass through a block, while it is entered."""
+
+    def __init__(self, results: list[Tensor], *, repeats: bool) -> None:
+        self._results, self._repeats = results, repeats
+        self._left: Iterator[Tensor] = iter(())
+        self._outer: _Pass | None = None
+
+    def __enter__(self) -> None:
+        self._left = iter(self._results)
+        self._outer, _here.now = _here.now, self
+
+    def __exit__(self, *_: object) -> None:
+        _here.now = self._outer
+
+    def take(self, compute: Callable[[], Tensor]) -> Tensor:
+        """The next result; detached, so that it doesn't hold the graph that holds it."""
+        if self._repeats:
+            return next(self._left).detach()
+        result = compute()
+        self._results.append(result.detach())
+        return result
+
+
+class _Here(threading.local):
+    """The pass that this thread is in; the second one happens in a thread of the backward pass."""
+
+    now: _Pass | None = None
+
+
+_here = _Here()
+
+
+def _two_passes() -> tuple[_Pass, _Pass]:
+    results: list[Tensor] = []
+    return _Pass(results, repeats=False), _Pass(results, repeats=True)
+
+
+class _KeptLinear(torch.autograd.Function):
+    """`x W^T + b` for x (..., in), all of one type; the product is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return keep(lambda: F.linear(x, weight, bias))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        flat = grad.reshape(-1, grad.shape[-1])  # (T, out)
+        return (
+            grad @ weight if needs_x else None,
+            flat.T @ x.reshape(-1, x.shape[-1]) if needs_weight else None,
+            flat.sum(0) if needs_bias else None,
+        )
+
+
+_kept_linear = cast("Callable[..., Tensor]", _KeptLinear.apply)
+
+
+def _narrow(layer: Any, x: Tensor) -> Tensor:
+    """The answer of a linear layer, in the type in which it would compute."""
+    if not torch.is_grad_enabled():
+        return F.linear(x, layer.weight, layer.bias)
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return _kept_linear(x.to(dtype), layer.weight.to(dtype), bias)

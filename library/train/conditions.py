@@ -11,6 +11,7 @@ from torch import Tensor
 
 from library.log import get_logger
 from library.randomness import Draws
+from library.train.ranks import PINNING, Later
 from library.types import Batch, Cond, Models
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class Conditions:
     """Names of the encoders that get gradients."""
     remembered: dict[str, Cond] = field(default_factory=dict)
     """Text outputs of sample prompts by encoders that are gone by now, each with a batch axis of 1."""
+    _finite: Later | None = field(default=None, init=False)
+    """Whether the latents of the batch before are finite, where the autoencoder may overflow."""
 
     def of_batch(self, batch: Batch) -> Cond:
         """The text outputs of a batch."""
@@ -46,13 +49,22 @@ class Conditions:
             return {**gone, **self._live(tokens)}
 
     def latents(self, batch: Batch) -> Tensor:
-        """The latents of a batch, float32."""
+        """The latents of a batch, float32.
+
+        An overflow in half precision is noticed with the next batch, so that nobody waits for the device; a step
+        that isn't finite moves nothing.
+        """
         if batch.latents is not None:
             return batch.latents
+        vae = self.models.vae
         assert batch.pixels is not None
-        assert self.models.vae is not None
+        assert vae is not None
+        if self._finite is not None and not all(self._finite.read()):
+            _widen(vae)
         with torch.no_grad():
-            return encode_images(self.family, self.models.vae, batch.pixels, batch.image_seeds)
+            latents = _encoded(self.family, vae, batch.pixels, batch.image_seeds)
+            self._finite = Later(torch.isfinite(latents).all().float()[None]) if _may_overflow(vae) else None
+        return latents
 
     def _live(self, tokens: dict[str, Tensor] | None) -> Cond:
         assert tokens is not None
@@ -69,20 +81,44 @@ class Conditions:
 
 def encode_images(family: Family, vae: torch.nn.Module, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
     """Latents of pixels, in the autoencoder's type; once more in float32 if half precision overflows."""
+    latents = _encoded(family, vae, pixels, seeds)
+    if not _may_overflow(vae) or bool(torch.isfinite(latents).all()):
+        return latents
+    _widen(vae)
+    return _encoded(family, vae, pixels, seeds)
+
+
+def _encoded(family: Family, vae: torch.nn.Module, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Latents of pixels, in the autoencoder's own type whatever the training around computes in."""
     parameter = next(vae.parameters())
+    device = parameter.device
 
     def noise(shape: tuple[int, ...]) -> Tensor:
-        return Draws(seeds).posterior(shape[1:]).to(parameter.device)
+        drawn = Draws(seeds).posterior(shape[1:])
+        return (drawn.pin_memory() if device.type in PINNING else drawn).to(device, non_blocking=True)
 
-    latents = family.encode_images(vae, pixels.to(parameter.device, parameter.dtype), noise)
-    if parameter.dtype == torch.float32 or bool(torch.isfinite(latents).all()):
-        return latents
-    logger.warning(
-        "the autoencoder overflows in %s; it runs in float32 from here on (--no_half_vae does so at once)",
-        str(parameter.dtype).removeprefix("torch."),
-    )
+    with torch.autocast(device.type, enabled=False):
+        # contiguous, so that cached and live latents come from the same kernels
+        return family.encode_images(vae, pixels.to(device, parameter.dtype).contiguous(), noise)
+
+
+def decode_latents(family: Family, vae: torch.nn.Module, latents: Tensor) -> Tensor:
+    """Pixels of latents, in the autoencoder's type; once more in float32 if half precision overflows."""
+    with torch.autocast(latents.device.type, enabled=False):
+        pixels = family.decode_latents(vae, latents)
+        if not _may_overflow(vae) or bool(torch.isfinite(pixels).all()):
+            return pixels
+        _widen(vae)
+        return family.decode_latents(vae, latents)
+
+
+def _may_overflow(vae: torch.nn.Module) -> bool:
+    return next(vae.parameters()).dtype == torch.float16
+
+
+def _widen(vae: torch.nn.Module) -> None:
+    logger.warning("the autoencoder overflows in float16; it runs in float32 from here on (--no_half_vae does at once)")
     vae.float()
-    return family.encode_images(vae, pixels.to(parameter.device, torch.float32), noise)
 
 
 def remember_prompts(conditions: Conditions, encoders: dict[str, torch.nn.Module], prompts: Sequence[str]) -> None:

@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+PINNING = ("cuda", "xpu")
+"""Devices that exchange data with pinned memory while the host goes on."""
+
 
 class Later:
     """Numbers that are on their way from the device to here; asking for them later costs no waiting."""
@@ -22,7 +25,7 @@ class Later:
         if work is not None:
             work.wait()  # on an accelerator this only orders streams, the host goes on
             self._work = None
-        pinned = values.device.type in ("cuda", "xpu")
+        pinned = values.device.type in PINNING
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
         self._values = host.copy_(self._values, non_blocking=pinned)
         if pinned:
@@ -75,9 +78,10 @@ class Ranks:
         """The mean of `values` (1-d) over all processes, without waiting for it. All processes must call it."""
         if self.world == 1:
             return Later(values.clone())
-        shared = values.detach().to(self.device).clone() / self.world
+        shared = values.detach().to(self.device) / self.world
         return Later(shared, dist.all_reduce(shared, async_op=True))
 
     def numbers_later(self, numbers: Sequence[float]) -> Later:
         """The mean of plain numbers over all processes, as `mean_later`."""
-        return self.mean_later(torch.tensor(list(numbers), dtype=torch.float32, device=self.device))
+        values = torch.tensor(list(numbers), dtype=torch.float32, pin_memory=self.device.type in PINNING)
+        return self.mean_later(values.to(self.device, non_blocking=True))

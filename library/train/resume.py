@@ -288,8 +288,7 @@ def _make_empty(folder: Path) -> None:
 
 
 def _write_run(partial: Path, folder: Path, parts: Parts) -> None:
-    model = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in parts.model().items()}
-    files.save_safetensors(model, partial / "model.safetensors", {})
+    files.save_safetensors(parts.model(), partial / "model.safetensors", {})
     for stem, part in parts.stateful().items():
         write_tree(part.state_dict(), partial, stem)
     state = parts.state

@@ -269,7 +269,7 @@ def open_trackers(
         return []
     sent = public_config(config) if options.log_config else {}
     project = options.log_tracker_name or project
-    arguments = _tracker_arguments(options)
+    arguments = tracker_arguments(options)
     run = run_folder(options)
     wanted: list[tuple[str, Callable[[], Tracker]]] = []
     kinds = kinds_wanted(options)
@@ -345,19 +345,25 @@ def _public(value: object) -> str | int | float | bool:
     return PureWindowsPath(PurePosixPath(text).name).name or text.strip("/\\")
 
 
-def _tracker_arguments(options: TrackerOptions) -> dict[str, dict[str, Any]]:
-    if not options.log_tracker_config:
-        return {"wandb": {"name": options.wandb_run_name}} if options.wandb_run_name else {}
-    import toml
+def tracker_arguments(options: TrackerOptions) -> dict[str, dict[str, Any]]:
+    """Arguments for starting the trackers, by tracker: what `--log_tracker_config` and `--wandb_run_name` say.
 
-    try:
-        return {
-            name: dict(table) for name, table in toml.loads(files.read_text(Path(options.log_tracker_config))).items()
-        }
-    except (OSError, TypeError, ValueError) as error:
-        raise UserError(
-            f"can't read the tracker settings: {error}", str(options.log_tracker_config), "--log_tracker_config"
-        ) from error
+    Errors: UserError for a file that can't be read.
+    """
+    arguments: dict[str, dict[str, Any]] = {}
+    if options.log_tracker_config:
+        import toml
+
+        path = Path(options.log_tracker_config)
+        try:
+            arguments = {name: dict(table) for name, table in toml.loads(files.read_text(path)).items()}
+        except (OSError, TypeError, ValueError, IndexError) as error:
+            hint = 'write a table for each tracker, such as [wandb] with entity = "me"'
+            what = f"can't read the tracker settings: {error}"
+            raise UserError(what, f"--log_tracker_config {path}", hint, code="E-CONFIG") from error
+    if options.wandb_run_name:
+        arguments["wandb"] = {"name": options.wandb_run_name, **arguments.get("wandb", {})}
+    return arguments
 
 
 def _masked(text: str, options: TrackerOptions) -> str:

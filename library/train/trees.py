@@ -136,9 +136,7 @@ def _encode_tensor(value: Tensor | np.ndarray[Any, Any], tensors: dict[str, Tens
         tensors[name] = torch.from_numpy(value.copy())
         return {"array": name}
     complex_numbers = value.is_complex()
-    plain = torch.view_as_real(value) if complex_numbers else value
-    # always a copy: tensors of a file may not share memory, and the run goes on while the file is written
-    tensors[name] = plain.detach().to("cpu", copy=True).contiguous()
+    tensors[name] = torch.view_as_real(value.detach()) if complex_numbers else value.detach()
     tree = {"tensor": name, "on": "cpu" if value.device.type == "cpu" else "device"}
     return tree | {"complex": True} if complex_numbers else tree
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from library.hub import HubPath, Uploads, download_state
+from library.hub import HubPath, Uploads, download_state, fetch_folder
 from library.log import ResourceError, UserError
 
 
@@ -170,3 +170,25 @@ def test_an_empty_place_is_a_mistake_and_no_network_a_lack(tmp_path):
     with pytest.raises(ResourceError, match="no route") as caught:
         download_state("me/repo/nothing", "hf_SECRET", LocalHub(reachable=False))
     assert "hf_SECRET" not in str(caught.value)
+
+
+def test_a_hub_out_of_reach_is_given_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    def unexpected(*_: object, **keywords: object) -> str:
+        if not keywords["local_files_only"]:
+            raise AssertionError("the client would try for minutes")
+        raise FileNotFoundError
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unexpected)
+    monkeypatch.setattr("library.hub.getproxies", dict)
+    monkeypatch.setattr("library.hub.socket.create_connection", no_network)
+    assert fetch_folder("me/tokenizer", ["vocab.json"]) is None
+    assert fetch_folder("me/tokenizer", ["vocab.json"], cached_only=True) is None
+
+
+def test_what_was_fetched_before_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repository, **_: str(tmp_path / repository))
+    assert fetch_folder("me/tokenizer", ["vocab.json"], cached_only=True) == tmp_path / "me" / "tokenizer"

@@ -16,6 +16,8 @@ from library import log
 from library.log import CombinedError, DataError, ResourceError, UserError, command, raise_all
 from library.option_groups import ConsoleOptions
 
+LINK = " - see docs/troubleshooting.md#error-codes"
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -60,7 +62,7 @@ def test_user_errors_have_no_traceback(capsys: pytest.CaptureFixture[str], monke
     run(UserError("wrong"))
     err = capsys.readouterr().err
     assert "Traceback" in err
-    assert err.splitlines()[-1] == "error[E-USAGE]: wrong"
+    assert err.splitlines()[-1] == "error[E-USAGE]: wrong - see docs/troubleshooting.md#error-codes"
 
 
 def test_other_errors_pass(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +88,10 @@ def test_several_mistakes_are_one_error(capsys: pytest.CaptureFixture[str]) -> N
         raise_all([second, second])
     assert data.value.exit_code == 3
     assert run(both.value) == 2
-    assert capsys.readouterr().err.splitlines() == ["error[E-A]: a - x:1", "error[E-B]: b - x:2"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"error[E-A]: a - x:1{LINK}",
+        f"error[E-B]: b - x:2{LINK}",
+    ]
 
 
 def test_arguments_and_name_are_kept() -> None:
@@ -198,4 +203,4 @@ def test_narrow_consoles(encoding: str) -> None:
     result = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert result.returncode == 2
     assert result.stdout.decode("utf-8").strip() == "学習 обучение 😀"
-    assert result.stderr.decode("utf-8").strip() == "error[E-USAGE]: falsch - ä/学習.png"
+    assert result.stderr.decode("utf-8").strip() == f"error[E-USAGE]: falsch - ä/学習.png{LINK}"

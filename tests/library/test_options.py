@@ -131,6 +131,11 @@ def test_arguments_default_to_those_of_the_process(monkeypatch: pytest.MonkeyPat
         (["--output_dir", "D:/my", "models/new"], "stray argument 'models/new'", '--output_dir "… models/new"'),
         (["image.png"], "stray argument 'image.png'", "quotes"),
         (["--seed", "1", "--cache_latents", "--no_cache_latents"], "both", "one of them"),
+        (["--seed", "-1"], "seed can't be -1", "0 or more"),
+        (["--seed", "4294967296"], "seed can't be 4294967296", "4294967295 or less"),
+        (["--network_dropout", "1.5"], "network_dropout can't be 1.5", "1 or less"),
+        (["--text_encoder_lr", "1e-4", "-1"], "text_encoder_lr can't be 0.0001 -1.0", "0 or more"),
+        (["--train_batch_size", "0"], "train_batch_size can't be 0", "1 or more"),
     ],
 )
 def test_mistakes_on_the_command_line(argv: list[str], what: str, hint: str) -> None:
@@ -288,6 +293,7 @@ BROKEN = {
         "one level",
     ),
     "config in config": ('config_file = "b.toml"\n', 1, "config_file can't be set in a config file", "command line"),
+    "too small": ("seed = 1\nvae_batch_size = 0\n", 2, "vae_batch_size can't be 0", "1 or more"),
     "trusting itself": ("allow_custom_modules = true\n", 1, "allow_custom_modules can't be set", "command line"),
     "not TOML": ("seed = 1\nnetwork_dim 4\n", 2, "not valid TOML", "toml.io"),
     "no value": ("seed =\n", 1, "not valid TOML", ""),
@@ -540,6 +546,11 @@ def test_values_that_mean_off_pass_silently(argv: list[str], caplog: pytest.LogC
     assert caplog.records == []
 
 
+def test_an_empty_path_is_none(config: Callable[..., str]) -> None:
+    assert network("--dataset_config", "")[DatasetOptions].dataset_config is None
+    assert network("--config_file", config("dataset_config = ''"))[DatasetOptions].dataset_config is None
+
+
 def test_ignored_options_warn(caplog: pytest.LogCaptureFixture) -> None:
     options = network("--clip_skip", "2", "--v2", "--noise_offset", "0.1", "--xformers", "--sample_sampler", "euler_a")
     assert options[LegacySDOptions].v2
@@ -563,7 +574,16 @@ def test_caching_takes_a_trainer_s_options(script: object, caplog: pytest.LogCap
     options = parse(script, [*argv, "--mixed_precision", "bf16", "--resolution", "512"])  # type: ignore[arg-type]
     assert options[PrecisionOptions].mixed_precision == "bf16"
     [record] = caplog.records
-    assert record.getMessage().endswith("max_train_steps, loss_type, output_dir (nothing is trained)")
+    assert record.getMessage().endswith("max_train_steps, seed, loss_type, output_dir (nothing is trained)")
+
+
+def test_each_caching_tool_says_what_it_does_not_use(caplog: pytest.LogCaptureFixture) -> None:
+    both = ["--resolution", "512", "--ae", "ae.safetensors", "--clip_l", "clip_l.safetensors"]
+    parse(CACHE_LATENTS, both)
+    parse(CACHE_TEXT_ENCODER_OUTPUTS, both)
+    texts, images = caplog.messages
+    assert "clip_l (only latents" in texts
+    assert "ae (only text" in images
 
 
 def test_old_names(caplog: pytest.LogCaptureFixture) -> None:

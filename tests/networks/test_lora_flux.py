@@ -80,7 +80,7 @@ def test_a_new_network_changes_nothing_and_can_be_taken_off() -> None:
     inputs = tiny_models.flux_inputs()
     before = model(**inputs)
     made.apply_to()
-    assert torch.equal(model(**inputs), before)
+    torch.testing.assert_close(model(**inputs), before)  # not equal bit for bit: tokens are multiplied in one batch
     fill(made)
     assert not torch.allclose(model(**inputs), before, atol=1e-3)
     made.set_multiplier(0)

@@ -48,7 +48,7 @@ def train(method: Adapter, parts: Models, steps: int = 2) -> None:
     method.prepare(ALONE, parts)
     optimizer = torch.optim.AdamW([group.for_optimizer() for group in method.param_groups()])
     for step in range(steps):
-        method.before_step(step)
+        method.before_batch(batch(1.0))
         answer(parts).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -288,12 +288,23 @@ def test_an_old_plugin_works(old_plugin: str, tmp_path: Path, caplog: pytest.Log
     assert not network.image.bias.requires_grad
     assert "--scale_weight_norms has no effect" in caplog.text
     assert method.after_step(1) == {}
-    method.before_step(1)
+    method.before_batch(batch(1.0))
     with pytest.raises(UserError, match="network_multiplier"):
         method.before_batch(batch(0.5))
     method.save(tmp_path / "n.safetensors", None, {"a": "b"})
     assert json.loads((tmp_path / "n.safetensors").read_text("utf-8")) == {"a": "b"}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_plugin_hears_of_every_micro_step(old_plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(OldNetwork, "on_step_start", lambda network: heard.append("step"), raising=False)
+    method, parts = adapter(module=old_plugin), models()
+    method.attach(parts)
+    method.prepare(ALONE, parts)
+    for _ in range(3):
+        method.before_batch(batch(1.0))
+    assert len(heard) == 3
 
 
 def test_foreign_plugins_train_t5_on_request(old_plugin: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -15,16 +14,18 @@ from library.option_groups import (
     CacheOptions,
     LengthOptions,
     MemoryOptions,
+    NetworkOptions,
     SampleOptions,
+    SaveOptions,
+    StateOptions,
     TextCacheOptions,
 )
 from library.options import Options, Origin
 from library.prompts import load_prompts
-from library.train import preflight
+from library.train import combinations, preflight
 from library.train.preflight import (
     check_combinations,
     check_device,
-    check_disk,
     check_output_name,
     check_paths,
     check_writable,
@@ -75,17 +76,30 @@ def test_a_good_command_passes_and_leaves_no_probe(good, tmp_path, caplog):
 
 @pytest.mark.parametrize(
     "name",
-    ["pretrained_model_name_or_path", "clip_l", "t5xxl", "ae", "train_data_dir", "sample_prompts", "dataset_config"],
+    ["network_weights", "base_weights", "sample_prompts", "log_tracker_config", "metadata_thumbnail"],
 )
 def test_a_missing_path_is_named_by_its_option(good, name):
-    findings = check_paths(options(**good | {name: "/no/such place/file.safetensors"}))
+    path = "/no/such place/file.safetensors"
+    findings = check_paths(options(**good | {name: (path,) if name == "base_weights" else path}))
     assert f"--{name}: not found: /no/such place" in errors_of(findings)
     assert "quotation marks" in errors_of(findings)
 
 
 def test_quotation_marks_inside_a_path(good):
-    findings = check_paths(options(**good | {"ae": '"C:\\models\\ae.safetensors"'}))
+    findings = check_paths(options(**good | {"network_weights": '"C:\\models\\a.safetensors"'}))
     assert "has quotation marks in it" in errors_of(findings)
+
+
+@pytest.mark.parametrize("name", ["pretrained_model_name_or_path", "clip_l", "t5xxl", "ae"])
+def test_a_model_that_is_not_named(good, name):
+    assert f"--{name}: a model file is missing" in errors_of(check_paths(options(**good | {name: None})))
+
+
+def test_network_files_must_be_networks(good, tmp_path):
+    wrong = options(**good, network_weights=str(tmp_path / "ae.safetensors"), network_module="networks.lora_flux")
+    assert "--network_weights" in errors_of(check_paths(wrong))
+    foreign = options(**good, network_weights=str(tmp_path / "ae.safetensors"), network_module="elsewhere.net")
+    assert errors_of(check_paths(foreign)) == ""
 
 
 def test_lists_of_paths(good, tmp_path):
@@ -94,8 +108,8 @@ def test_lists_of_paths(good, tmp_path):
 
 
 def test_a_place_in_a_config_file_is_told(good):
-    given = good | {"t5xxl": "/no/where"}
-    found = Options(FLUX_TRAIN_NETWORK, given, {"t5xxl": Origin("config file", "my.toml, line 7")})
+    given = good | {"network_weights": "/no/where"}
+    found = Options(FLUX_TRAIN_NETWORK, given, {"network_weights": Origin("config file", "my.toml, line 7")})
     assert "my.toml, line 7: not found" in errors_of(check_paths(found))
 
 
@@ -154,7 +168,7 @@ def test_a_state_is_checked_at_the_start(good, tmp_path):
     assert "--initial_step" in errors_of(findings)
     assert check_paths(options(**good, resume="auto")) == []
     assert check_paths(options(**good, resume="me/repo/x", resume_from_huggingface=True)) == []
-    assert "needs --resume" in errors_of(check_paths(options(**good, resume_from_huggingface=True)))
+    assert "give --resume" in errors_of(check_paths(options(**good, resume_from_huggingface=True)))
 
 
 BAD = [
@@ -169,10 +183,16 @@ BAD = [
     ({"log_with": "tensorboard"}, "--logging_dir"),
     ({"log_with": "all"}, "--logging_dir"),
     ({"adaptive_noise_scale": 0.1}, "needs --noise_offset"),
-    ({"min_timestep": 500, "max_timestep": 500}, "no timesteps"),
-    ({"max_timestep": 1001}, "no timesteps"),
-    ({"train_batch_size": 0}, "--train_batch_size"),
-    ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps"),
+    ({"optimizer_type": "Adamm"}, "did you mean AdamW?"),
+    ({"optimizer_args": ("wd=1",)}, "unexpected keyword argument"),
+    ({"lr_scheduler": "cosinus"}, "did you mean cosine?"),
+    (
+        {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 9, "lr_decay_steps": 9, "max_train_steps": 10},
+        "longer",
+    ),
+    ({"initial_step": 10, "max_train_steps": 10}, "would begin at step 10"),
+    ({"huggingface_repo_id": "a repository"}, "--huggingface_repo_id"),
+    ({"huggingface_repo_id": "a/b", "huggingface_repo_type": "modell"}, "--huggingface_repo_type"),
     ({"network_train_unet_only": True, "network_train_text_encoder_only": True}, "nothing to train"),
     ({"dim_from_weights": True}, "--network_weights"),
 ]
@@ -192,7 +212,8 @@ def test_options_that_contradict_one_another(values, text):
         {"fused_backward_pass": True, "optimizer_type": "adafactor"},
         {"log_with": "tensorboard", "logging_dir": "logs"},
         {"adaptive_noise_scale": 0.1, "noise_offset": 0.1},
-        {"min_timestep": 0, "max_timestep": 1000},
+        {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 9, "lr_decay_steps": 9, "max_train_epochs": 10},
+        {"huggingface_repo_id": "me/my-lora_1.0", "huggingface_repo_type": "model"},
     ],
 )
 def test_options_that_go_together(values):
@@ -210,12 +231,59 @@ def test_options_that_go_together(values):
         ({"save_state_to_huggingface": True, "huggingface_repo_id": "a/b"}, "without --save_state"),
         ({"initial_epoch": 2, "initial_step": 3}, "--initial_step is given too"),
         ({"skip_until_initial_step": True}, "--skip_until_initial_step"),
+        ({"mode_scale": 1.0}, "--mode_scale: it does nothing"),
+        ({"weighting_scheme": "logit_normal", "timestep_sampling": "shift"}, "--weighting_scheme: it does nothing"),
+        ({"weighting_scheme": "cosmap", "model_prediction_type": "raw"}, "--weighting_scheme: it does nothing"),
+        ({"huber_c": 0.5}, "--huber_c: it does nothing"),
+        ({"discrete_flow_shift": 2.0, "timestep_sampling": "sigmoid"}, "--discrete_flow_shift: it does nothing"),
+        ({"lr_scheduler_num_cycles": 3, "lr_scheduler": "cosine"}, "--lr_scheduler_num_cycles: it does nothing"),
+        (
+            {"lr_scheduler": "cosine", "lr_scheduler_type": "CosineAnnealingLR", "lr_scheduler_args": ("T_max=9",)},
+            "--lr_scheduler: it does nothing",
+        ),
+        ({"huggingface_path_in_repo": "a"}, "--huggingface_path_in_repo: it does nothing"),
+        ({"wandb_run_name": "a"}, "--wandb_run_name: it does nothing"),
+        ({"log_prefix": "a"}, "--log_prefix: it does nothing"),
+        ({"base_weights_multiplier": (0.5,)}, "--base_weights_multiplier: it does nothing"),
+        ({"training_comment": "a", "no_metadata": True}, "--training_comment: it does nothing"),
+        ({"text_encoder_lr": (1e-4,), "network_train_unet_only": True}, "--text_encoder_lr: it does nothing"),
+        ({"max_bucket_reso": 512}, "--max_bucket_reso: it does nothing"),
+        ({"max_bucket_reso": 512, "enable_bucket": True, "bucket_no_upscale": True}, "--max_bucket_reso: it does"),
+        ({"vae_batch_size": 4}, "--vae_batch_size: it does nothing"),
+        ({"skip_cache_check": True, "cache_latents": True}, "--skip_cache_check: it does nothing"),
+        ({"huggingface_repo_id": "a/b", "huggingface_repo_visibility": "open"}, "taken for private"),
     ],
 )
 def test_options_that_do_nothing(values, text):
     findings = check_combinations(options(**values))
     assert text in warnings_of(findings)
     assert errors_of(findings) == ""
+
+
+def test_options_that_work_are_not_warned_of():
+    found = options(
+        weighting_scheme="logit_normal",
+        logit_mean=0.5,
+        discrete_flow_shift=2.0,
+        loss_type="huber",
+        huber_schedule="constant",
+        huber_c=0.5,
+        lr_scheduler="polynomial",
+        lr_scheduler_power=2,
+        lr_warmup_steps=5,
+        enable_bucket=True,
+        max_bucket_reso=512,
+        cache_latents=True,
+        vae_batch_size=4,
+        text_encoder_lr=(1e-4,),
+    )
+    assert warnings_of(check_combinations(found)) == ""
+
+
+def test_a_secret_of_the_environment_is_not_warned_of():
+    secret = Options(FLUX_TRAIN_NETWORK, {"wandb_api_key": "k"}, {"wandb_api_key": Origin("environment", "$KEY")})
+    assert warnings_of(check_combinations(secret)) == ""
+    assert "--wandb_api_key" in warnings_of(check_combinations(options(wandb_api_key="k")))
 
 
 def test_full_training_has_its_own_rules():
@@ -228,7 +296,7 @@ def test_full_training_has_its_own_rules():
 
 
 def test_a_missing_tracker_package_is_an_error(monkeypatch):
-    monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == "wandb" else name)
+    monkeypatch.setattr(combinations, "find_spec", lambda name: None if name == "wandb" else name)
     text = errors_of(check_combinations(options(log_with="wandb")))
     assert "pip install wandb" in text
 
@@ -239,6 +307,9 @@ def test_what_options_imply_is_filled_in_and_said():
         cache_text_encoder_outputs_to_disk=True,
         sample_every_n_steps=0,
         sample_every_n_epochs=-1,
+        save_last_n_epochs=0,
+        save_last_n_steps_state=0,
+        initial_epoch=0,
         max_data_loader_n_workers=0,
         persistent_data_loader_workers=True,
         cpu_offload_checkpointing=True,
@@ -250,22 +321,13 @@ def test_what_options_imply_is_filled_in_and_said():
     assert after[SampleOptions].sample_every_n_epochs is None
     assert not after[LengthOptions].persistent_data_loader_workers
     assert after[MemoryOptions].gradient_checkpointing
-    assert len(findings) == 6
+    assert after[SaveOptions].save_last_n_epochs is None
+    assert after[StateOptions].save_last_n_steps_state is None
+    assert after[NetworkOptions].initial_epoch is None
+    assert len(findings) == 9
     assert not any(finding.error for finding in findings)
     plain = options(cache_latents=True)
     assert settle(plain) == (plain, [])
-
-
-def test_room_on_the_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
-
-    def findings(model: int, needed: int):
-        return check_disk(SimpleNamespace(model_bytes=model, bytes_needed=needed), tmp_path / "not" / "yet")
-
-    assert findings(0, 0) == []
-    assert findings(100, 1000) == []
-    assert "may fill up" in warnings_of(findings(100_000, 2_000_000))
-    assert "1.0 MB are free" in errors_of(findings(2_000_000, 2_000_000))
 
 
 def test_a_cpu_is_warned_of():

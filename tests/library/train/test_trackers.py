@@ -211,17 +211,17 @@ def test_a_tracker_that_cannot_be_opened_is_left_out(monkeypatch, tmp_path, capl
     assert "SECRET" not in caplog.text
 
 
-def test_tracker_settings_replace_the_arguments(monkeypatch, tmp_path):
+def test_tracker_settings_win_over_the_name_of_the_run(monkeypatch, tmp_path):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     settings = tmp_path / "tracker.toml"
     settings.write_text('[wandb]\nentity = "team"\n', encoding="utf-8")
     options = Options(
-        log_with="wandb", wandb_run_name="ignored", log_tracker_config=str(settings), log_tracker_name="mine"
+        log_with="wandb", wandb_run_name="used", log_tracker_config=str(settings), log_tracker_name="mine"
     )
     open_trackers(options, config={"a": 1}, project="network_train")
     assert fake.arguments["entity"] == "team"
-    assert "name" not in fake.arguments
+    assert fake.arguments["name"] == "used"
     assert fake.arguments["project"] == "mine"
     assert fake.arguments["config"] == {}
     settings.write_text("[wandb", encoding="utf-8")

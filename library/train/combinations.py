@@ -1,0 +1,186 @@
+"""Options that contradict one another, do nothing together, or have values that nothing can be made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from library.findings import error, of_error, warning
+from library.log import UserError
+from library.option_groups import (
+    FluxFullOptions,
+    HubOptions,
+    LengthOptions,
+    NetworkOptions,
+    NoiseOptions,
+    OffloadOptions,
+    OptimizerOptions,
+    PrecisionOptions,
+    SampleOptions,
+    SaveOptions,
+    ScheduleOptions,
+    StateOptions,
+    TrackerOptions,
+)
+from library.train import optimizers, schedules
+from library.train.idle import idle_options
+from library.train.trackers import kinds_wanted, tracker_arguments
+from library.types import Finding
+
+if TYPE_CHECKING:
+    from library.options import Options
+
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_LONG = 10**9
+"""Stands for the steps of a run of unknown length."""
+
+
+def check(options: Options) -> list[Finding]:
+    """All that is found; `where` is the flag of the option."""
+    checks = (
+        *(_check_precision, _check_optimizer, _check_rates, _check_trackers, _check_saving, _check_hub),
+        *(_check_network, _check_noise, idle_options),
+    )
+    return [finding for check in checks for finding in check(options)]
+
+
+def _check_precision(options: Options) -> Iterator[Finding]:
+    precision = _group(options, PrecisionOptions)
+    if precision is None:
+        return
+    mixed = precision.mixed_precision
+    for full, wanted in ((precision.full_fp16, "fp16"), (precision.full_bf16, "bf16")):
+        if full and mixed != wanted:
+            what = f"it needs --mixed_precision {wanted}, which is {mixed}"
+            yield error(what, f"--full_{wanted}", f"give --mixed_precision {wanted}")
+    network = _group(options, NetworkOptions)
+    fp8 = precision.fp8_base or (network is not None and network.fp8_base_unet)
+    if fp8 and mixed == "no":
+        yield error("fp8 weights need a type to compute in", "--fp8_base", "give --mixed_precision bf16")
+
+
+def _check_optimizer(options: Options) -> Iterator[Finding]:
+    optimizer, length = _group(options, OptimizerOptions), _group(options, LengthOptions)
+    if optimizer is None or length is None:
+        return
+    full, accumulates = _group(options, FluxFullOptions), length.gradient_accumulation_steps > 1
+    kind, once = optimizer.optimizer_type.lower(), "--gradient_accumulation_steps must be 1"
+    if optimizer.fused_backward_pass:
+        if kind != "adafactor":
+            hint = "give --optimizer_type Adafactor"
+            yield error("it works with --optimizer_type Adafactor only", "--fused_backward_pass", hint)
+        if accumulates:
+            yield error("it steps in each backward pass", "--fused_backward_pass", once)
+    if full is not None and full.blockwise_fused_optimizers:
+        option = "--blockwise_fused_optimizers"
+        if accumulates:
+            yield error("it steps in each backward pass", option, once)
+        if kind.endswith("schedulefree"):
+            yield error("schedule-free optimizers can't be split by blocks", option, "choose another optimizer")
+        if optimizer.fused_backward_pass:
+            yield error("both step in the backward pass", f"{option}, --fused_backward_pass", "choose one of the two")
+
+
+def _check_rates(options: Options) -> Iterator[Finding]:
+    """Makes optimizer and schedule for a weight of no use, to see whether their names and arguments will do."""
+    optimizer, schedule = _group(options, OptimizerOptions), _group(options, ScheduleOptions)
+    if optimizer is None or schedule is None:
+        return
+    import torch
+
+    length = options[LengthOptions]
+    total = _LONG if length.max_train_epochs is not None else length.max_train_steps
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    try:
+        built = optimizers.create(optimizer, [{"params": [weight]}], schedule.lr_scheduler)
+        schedules.create(schedule, built.optimizer, total, built.schedule_override)
+    except UserError as mistake:
+        yield of_error(mistake, "")
+
+
+def _check_trackers(options: Options) -> Iterator[Finding]:
+    tracker = _group(options, TrackerOptions)
+    if tracker is None:
+        return
+    if tracker.log_with in ("tensorboard", "all") and not tracker.logging_dir:
+        yield error("it needs a folder", f"--log_with {tracker.log_with}", "give --logging_dir FOLDER")
+    for kind in sorted(kinds_wanted(tracker)):
+        if find_spec(kind) is None:
+            yield error(f"the package {kind} isn't installed", "--log_with", f"pip install {kind}, or leave it out")
+    try:
+        tracker_arguments(tracker)
+    except UserError as mistake:
+        yield of_error(mistake, "--log_tracker_config")
+
+
+def _check_saving(options: Options) -> Iterator[Finding]:
+    save, sample = _group(options, SaveOptions), _group(options, SampleOptions)
+    if save is not None:
+        for unit in ("epochs", "steps"):
+            every = getattr(save, f"save_every_n_{unit}") or (unit == "epochs" and save.save_n_epoch_ratio)
+            if getattr(save, f"save_last_n_{unit}") is not None and not every:
+                yield warning(f"it does nothing without --save_every_n_{unit}", f"--save_last_n_{unit}")
+    if sample is not None:
+        every = sample.sample_every_n_steps or sample.sample_every_n_epochs or sample.sample_at_first
+        if sample.sample_prompts and not every:
+            yield warning("no samples are made without --sample_every_n_epochs or _steps", "--sample_prompts")
+        if every and not sample.sample_prompts:
+            yield warning("no samples are made without --sample_prompts FILE", "--sample_every_n_...")
+
+
+def _check_hub(options: Options) -> Iterator[Finding]:
+    hub, state = _group(options, HubOptions), _group(options, StateOptions)
+    if hub is None:
+        return
+    repository, kind, visibility = (
+        hub.huggingface_repo_id,
+        hub.huggingface_repo_type,
+        hub.huggingface_repo_visibility,
+    )
+    if repository and not _REPOSITORY.fullmatch(repository):
+        yield error(f"{repository!r} is no name of a repository", "--huggingface_repo_id", "write user/name")
+    if kind and kind not in ("model", "dataset", "space"):
+        yield error(f"there are no repositories of type {kind!r}", "--huggingface_repo_type", "leave it out, or model")
+    if visibility and visibility not in ("public", "private"):
+        yield warning(f"{visibility!r} is taken for private", "--huggingface_repo_visibility", "public or private")
+    if hub.save_state_to_huggingface:
+        if not repository:
+            yield warning("it does nothing without --huggingface_repo_id", "--save_state_to_huggingface")
+        elif state is not None and not (state.save_state or state.save_state_on_train_end):
+            yield warning("it does nothing without --save_state", "--save_state_to_huggingface")
+
+
+def _check_network(options: Options) -> Iterator[Finding]:
+    network, length = _group(options, NetworkOptions), _group(options, LengthOptions)
+    if network is None or length is None:
+        return
+    if network.network_train_unet_only and network.network_train_text_encoder_only:
+        where = "--network_train_unet_only, --network_train_text_encoder_only"
+        yield error("together they leave nothing to train", where, "give one of them")
+    if network.dim_from_weights and not network.network_weights:
+        yield error("there are no weights to take it from", "--dim_from_weights", "give --network_weights FILE")
+    if network.initial_step is not None and network.initial_epoch is not None:
+        yield warning("--initial_step is given too, and counts", "--initial_epoch")
+    if network.skip_until_initial_step and network.initial_step is None and network.initial_epoch is None:
+        yield warning("it does nothing without --initial_step or --initial_epoch", "--skip_until_initial_step")
+    if length.max_train_epochs is None and (network.initial_step or 0) >= length.max_train_steps:
+        what = f"the run would begin at step {network.initial_step} and ends at step {length.max_train_steps}"
+        yield error(what, "--initial_step", "raise --max_train_steps, the number of steps in all")
+    offload = _group(options, OffloadOptions)
+    if network.split_mode and offload is not None and offload.cpu_offload_checkpointing:
+        where = "--split_mode, --cpu_offload_checkpointing"
+        yield error("they can't be used together", where, "choose one of the two")
+
+
+def _check_noise(options: Options) -> Iterator[Finding]:
+    noise = _group(options, NoiseOptions)
+    if noise is None:
+        return
+    if noise.adaptive_noise_scale is not None and noise.noise_offset is None:
+        yield error("there is no noise offset to add to", "--adaptive_noise_scale", "it needs --noise_offset")
+
+
+def _group(options: Options, group: type[Any]) -> Any:
+    return options[group] if options.has(group) else None

@@ -1,0 +1,63 @@
+"""What needs an accelerator: `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from library import devices
+from library.models import memory
+from tests import tiny
+from tests.cells import CELLS, MakeCell
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_gpu() -> None:
+    if devices.best_device().type == "cpu":
+        pytest.skip("there is no GPU")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cell_runs(make_cell: MakeCell, cell: str, precision: str) -> None:
+    run = make_cell(cell, "out")
+    run("--max_train_steps", "4", "--mixed_precision", precision, "--gradient_checkpointing")
+    assert all(tensor.isfinite().all() for tensor in run.weights().values())
+
+
+def test_the_denoiser_says_the_same_as_on_the_cpu() -> None:
+    device = devices.best_device()
+    model = tiny.flux_model(guidance=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    config = model.config
+    inputs = [draw(2, 16, 64), torch.zeros(2, 16, 3), draw(2, 8, config.context_width), torch.zeros(2, 8, 3)]
+    inputs += [torch.tensor([0.2, 0.9]), draw(2, config.pooled_width), torch.tensor([3.5, 1.0])]
+    with torch.no_grad():
+        wanted = model(*inputs)
+        found = model.to(device)(*(value.to(device) for value in inputs)).cpu()
+    assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_recomputing_activations_needs_less_memory() -> None:
+    device = devices.best_device()
+
+    def peak(checkpointed: bool) -> int:
+        model = tiny.flux_model(guidance=True, width=256, single=8).to(device)
+        if checkpointed:
+            memory.checkpoint_blocks(model)
+        devices.reset_peak_memory(device)
+        tokens = torch.randn(2, 1024, 64, device=device, requires_grad=True)
+        ids = torch.zeros(2, 1024, 3, device=device)
+        text = torch.randn(2, 64, model.config.context_width, device=device)
+        pooled = torch.randn(2, model.config.pooled_width, device=device)
+        strength = torch.ones(2, device=device)
+        model(tokens, ids, text, ids[:, :64], strength / 2, pooled, strength).square().mean().backward()
+        return devices.peak_memory(device)
+
+    assert peak(checkpointed=True) < 0.7 * peak(checkpointed=False)
