@@ -204,7 +204,8 @@ def _encode_what_is_cached(job: Job) -> Conditions:
         encoders = _load_encoders(job, family.encoder_names if caches.lack_text or samples else live)
         caching.fill_text(job, encoders)
         if samples and job.ranks.is_main:
-            remember_prompts(conditions, encoders, _prompt_texts(job.options))
+            with job.accelerator.autocast():
+                remember_prompts(conditions, encoders, _prompt_texts(job.options))
         conditions.models.encoders = {name: encoders.pop(name) for name in live}
         del encoders
         devices.release_memory()
@@ -281,11 +282,10 @@ def _load_and_attach(job: Job, models: Models) -> None:
     is_network = options.has(NetworkOptions)
     dtype = job.precision.frozen if is_network else job.precision.trained
     models.denoiser = job.family.load_denoiser(job.device, dtype)
-    if options[MemoryOptions].gradient_checkpointing:
-        memory.checkpoint_blocks(models.denoiser)
-        for name in method.trained_encoders():
-            models.encoders[name].gradient_checkpointing_enable()  # type: ignore[operator]
     method.attach(models)
+    if options[MemoryOptions].gradient_checkpointing:
+        for part in (models.denoiser, *(models.encoders[name] for name in method.trained_encoders())):
+            memory.checkpoint_blocks(part)
     method.prepare(job.accelerator, models)
     _show("trained", table_lines(trained_table(method.param_groups(), method.frozen())))
     logger.info(devices.memory_line(job.device))

@@ -397,15 +397,15 @@ def refuse_custom_modules(options: Options) -> None:
 
 
 def _refuse_unavailable(options: Options) -> None:
-    script = options.script
-    later = [(hit, "is not available yet", "E-LATER") for hit in _hits(options, script.pending)]
-    never = [(hit, "can't be used here", "E-REFUSED") for hit in _hits(options, script.refused)]
-    raise_all(
-        [
-            UserError(f"{name} {what}", options.where(name.split()[0]), hint, code=code)
-            for (name, hint), what, code in later + never
-        ]
-    )
+    later = [
+        UserError(f"{name} is not available yet", options.where(name.split()[0]), hint, code="E-LATER")
+        for name, hint in _hits(options, options.script.pending)
+    ]
+    never = [
+        UserError(f"{name} can't be used here", options.where(name.split()[0]), hint, code="E-REFUSED")
+        for name, hint in _hits(options, options.script.refused)
+    ]
+    raise_all(later + never)
 
 
 def _does_nothing(options: Options) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,8 @@ from library import files
 from library.log import UserError, get_logger
 from library.methods import plugins
 from library.methods.base import Method, ParamGroup, broadcast, require_something
-from library.option_groups import MemoryOptions, NetworkOptions, OptimizerOptions, PrecisionOptions
+from library.methods.rates import Rate, Rates
+from library.option_groups import MemoryOptions, NetworkOptions, PrecisionOptions
 
 if TYPE_CHECKING:
     import torch
@@ -30,44 +30,6 @@ DENOISER = "unet"
 """What the ecosystem's protocol calls the denoiser."""
 LIKELY_RANK = 4
 """What plug-ins take where no rank is given, for estimates."""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A learning rate, and the option that it came from."""
-
-    value: float
-    source: str
-
-
-@dataclass(frozen=True)
-class Rates:
-    """The learning rates of all components."""
-
-    default: Rate
-    denoiser: Rate
-    encoders: Mapping[str, Rate]
-    """By name, in the family's order."""
-
-    @classmethod
-    def from_options(cls, options: Options, encoder_names: Sequence[str]) -> Rates:
-        """Missing rates come from `--learning_rate`; one `--text_encoder_lr` counts for all encoders.
-
-        Errors: UserError when there are more rates than encoders.
-        """
-        network, optimizer = options[NetworkOptions], options[OptimizerOptions]
-        fallback = "--learning_rate" if options.given("learning_rate") else "default of --learning_rate"
-        default = Rate(float(optimizer.learning_rate or 0), fallback)
-        denoiser = default if network.unet_lr is None else Rate(network.unet_lr, "--unet_lr")
-        given = _numbers(network.text_encoder_lr)
-        if encoder_names and len(given) > len(encoder_names):
-            what = f"{len(given)} rates for {len(encoder_names)} text encoders ({', '.join(encoder_names)})"
-            raise UserError(what, options.where("text_encoder_lr"), "give one, or one for each", code="E-LR")
-        encoders = {
-            name: Rate(given[min(index, len(given) - 1)], "--text_encoder_lr") if given else default
-            for index, name in enumerate(encoder_names)
-        }
-        return cls(default, denoiser, encoders)
 
 
 class Adapter(Method):
@@ -366,9 +328,3 @@ class Adapter(Method):
                 written.replace(temporary)
             finally:
                 written.unlink(missing_ok=True)
-
-
-def _numbers(value: float | Sequence[float] | None) -> list[float]:
-    if value is None:
-        return []
-    return [float(value)] if isinstance(value, int | float) else [float(number) for number in value]

@@ -98,6 +98,8 @@ RULES = (
     Rule(("lr_decay_steps",), _is("lr_scheduler", "warmup_stable_decay"), "--lr_scheduler warmup_stable_decay"),
     Rule(("lr_warmup_steps",), _not(_is("lr_scheduler", "piecewise_constant")), "other schedules"),
     Rule(("save_last_n_epochs_state", "save_last_n_steps_state"), _set("save_state"), "--save_state"),
+    Rule(("sample_every_n_steps",), _not(_set("sample_every_n_epochs")), "runs without --sample_every_n_epochs"),
+    Rule(("console_log_simple",), _not(_set("console_log_file")), "messages on the terminal"),
     Rule(("save_every_n_epochs",), _not(_set("save_n_epoch_ratio")), "runs without --save_n_epoch_ratio"),
     Rule(
         ("huggingface_path_in_repo", "huggingface_repo_type", "huggingface_repo_visibility", "async_upload"),

@@ -144,7 +144,9 @@ def create(
                 override, lr = f"adafactor:{options.learning_rate}", None
                 warnings += _drop_rates(groups)
         case None if recipe.row.path == "torch.optim.AdamW":
+            defaults = _wide_epsilon(groups)
             recipe.row = Row(recipe.row.path, fixed=_fused(groups, recipe.arguments))
+            recipe.arguments = {**defaults, **recipe.arguments}
     try:
         optimizer = recipe.optimizer_class(groups, lr=lr, **recipe.row.fixed, **recipe.arguments)
     except (TypeError, ValueError) as error:
@@ -245,6 +247,14 @@ def _fused(groups: list[dict[str, Any]], arguments: Mapping[str, Any]) -> dict[s
         return {}
     kinds = {parameter.device.type for group in groups for parameter in _parameters(group)}
     return {"fused": True} if kinds == {"cuda"} else {}
+
+
+def _wide_epsilon(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """An epsilon that float16 can hold, where weights are kept in it: the usual 1e-8 is 0 there, and divides by it."""
+    import torch
+
+    halves = any(parameter.dtype == torch.float16 for group in groups for parameter in _parameters(group))
+    return {"eps": 1e-4} if halves else {}
 
 
 def _parameters(group: dict[str, Any]) -> list[Any]:

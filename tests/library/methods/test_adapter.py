@@ -16,8 +16,9 @@ from torch import nn
 
 from library import files, options
 from library.log import DataError, UserError
-from library.methods.adapter import Adapter, Rates
+from library.methods.adapter import Adapter
 from library.methods.base import trained_table
+from library.methods.rates import Rates
 from library.option_groups import FLUX_TRAIN_NETWORK
 from library.types import Batch, Models
 from networks.lora_flux import create_network

@@ -55,7 +55,9 @@ def test_one_process_reduces_nothing() -> None:
         def _refuse(self, *_: object) -> None:
             raise AssertionError
 
-        from_options = attach = param_groups = prepare = state_dict = load_state_dict = save = train_mode = _refuse  # type: ignore[assignment]
+        from_options = attach = param_groups = prepare = state_dict = load_state_dict = _refuse  # type: ignore[assignment]
+        save = train_mode = trained_elements = _refuse  # type: ignore[assignment]
+        trained_elements = _refuse  # type: ignore[assignment]
 
     Nothing().reduce_gradients(SimpleNamespace(num_processes=1))
     assert Nothing().trained_encoders() == set()

@@ -250,6 +250,10 @@ def test_options_that_go_together(values):
         ({"max_bucket_reso": 512}, "--max_bucket_reso: it does nothing"),
         ({"max_bucket_reso": 512, "enable_bucket": True, "bucket_no_upscale": True}, "--max_bucket_reso: it does"),
         ({"vae_batch_size": 4}, "--vae_batch_size: it does nothing"),
+        (
+            {"sample_every_n_steps": 4, "sample_every_n_epochs": 1, "sample_prompts": "p.txt"},
+            "--sample_every_n_steps: it does nothing",
+        ),
         ({"skip_cache_check": True, "cache_latents": True}, "--skip_cache_check: it does nothing"),
         ({"huggingface_repo_id": "a/b", "huggingface_repo_visibility": "open"}, "taken for private"),
     ],
