@@ -103,7 +103,7 @@ def cache_latents(options: Options) -> None:
 def cache_text_encoder_outputs(options: Options) -> None:
     """Fills the text cache of a dataset, on disk."""
     name = options[T5DtypeOptions].t5xxl_dtype
-    dtypes = {} if name is None else {"t5xxl": devices.dtype_of(name)}
+    dtypes = {} if name is None else {"t5xxl": devices.dtype_of(name, "--t5xxl_dtype")}
 
     def fill(job: Setting) -> None:
         names = job.family.encoder_names if job.caches.lack_text else ()

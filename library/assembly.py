@@ -18,6 +18,7 @@ from library.caching import Caches
 from library.data.dataset import TrainingData
 from library.families.base import Family
 from library.hub import Uploads
+from library.metadata import private
 from library.methods.base import Method
 from library.option_groups import (
     HubOptions,
@@ -223,7 +224,7 @@ def _state(job: Job) -> RunState:
         nonfinite_limit=job.options[OptimizerOptions].stop_on_nonfinite,
         watched=() if scaled else ("grad_norm",),
         dataset=_fingerprint(job.data),
-        options={name: str(value) for name, value in job.options.public().items() if value is not None},
+        options={name: private(str(value)) for name, value in job.options.public().items() if value is not None},
     )
 
 

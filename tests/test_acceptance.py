@@ -22,11 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from library import caching, hub
+from library import caching, files, hub
 from library.data.images import EXIF_ORIENTATION, TURNS
 from library.families.flux import Flux, FluxFiles
 from library.train import control, loop, room
 from library.train.conditions import decode_latents, encode_images
+from library.train.resume import Parts, save_state
+from library.train.state import LossWindow, RunState
 from library.train.steppers import Stepper
 from library.types import Finding
 from tests import tiny
@@ -661,6 +663,32 @@ def test_b6_two_processes_stop_and_go_on_together(make_cell: MakeCell, tmp_path:
     assert not (stopped.output / "run.safetensors").exists()
     stopped.launch(2, *options, "--resume", "auto")
     assert_same(straight.weights(), stopped.weights())
+
+
+# needs C4: memory
+
+
+def test_c4_a_state_is_written_without_a_second_copy_of_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = torch.nn.Linear(40, 30)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(40)).sum().backward()
+    optimizer.step()
+    live = {tensor.data_ptr() for tensor in (*layer.parameters(), *optimizer.state[layer.weight].values())}
+    written: set[int] = set()
+    write = files.save_safetensors
+
+    def noting(tensors: dict[str, Tensor], *more: object) -> None:
+        written.update(tensor.data_ptr() for tensor in tensors.values())
+        write(tensors, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(files, "save_safetensors", noting)
+    state = RunState(seed=1, total_steps=1, batches_per_epoch=1, loss=LossWindow(1))
+    save_state(tmp_path / "s-state", Parts(
+        state=state, model=layer.state_dict, load_model=layer.load_state_dict, optimizers=[optimizer]
+    ))  # fmt: skip
+    assert live <= written
 
 
 # needs A8: several processes

@@ -53,6 +53,24 @@ def test_the_average_is_one_epoch_long():
         assert window.average == pytest.approx(sum(last) / len(last))
 
 
+def test_the_average_neither_drifts_nor_depends_on_resuming():
+    generator = torch.Generator().manual_seed(0)
+    losses = (10 ** (8 * torch.randn(500, generator=generator))).float()
+    straight, resumed = LossWindow(50), LossWindow(50)
+    for step, loss in enumerate(losses, start=1):
+        for window in (straight, resumed):
+            window.add(loss)
+            window.close(step)
+        if step % 70 == 0:
+            saved = json.loads(json.dumps(resumed.state_dict()))
+            resumed = LossWindow(50)
+            resumed.load_state_dict(saved)
+    straight.drain()
+    resumed.drain()
+    assert straight.average == resumed.average
+    assert straight.average == pytest.approx(math.fsum(losses[-50:].tolist()) / 50, rel=1e-15)
+
+
 def test_a_loss_that_is_not_finite_stays_out_of_the_average():
     window = LossWindow(4)
     for step, loss in enumerate([1.0, math.nan, 3.0, math.inf], start=1):
