@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.cells import Cell, MakeCell
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # more threads than one only slow tiny models down
+    os.environ.setdefault(variable, "1")
 
 GOLDEN = Path(__file__).parent / "golden"
 
