@@ -52,7 +52,7 @@ class Conditions:
         """The latents of a batch, float32.
 
         An overflow in half precision is noticed with the next batch, so that nobody waits for the device; a step
-        that isn't finite moves nothing.
+        that is not finite moves nothing by its gradient.
         """
         if batch.latents is not None:
             return batch.latents
