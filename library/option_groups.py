@@ -200,7 +200,18 @@ class DatasetOptions:
         help='crop around faces, "min,max" in multiples of the face size; needs face positions in file names',
     )
     alpha_mask: bool = option(False, help="use the images' transparency as mask of the loss")
-    debug_dataset: bool = option(False, help="show the batches instead of training")
+    alpha_background: str | None = option(
+        help="colour put behind transparent parts of images; when not given the colours stored under them are learned",
+        example="white or #808080",
+    )
+    debug_dataset: bool = option(False, help="draw a contact sheet of the batches instead of training, like --dry_run")
+    dry_run: bool = option(
+        False, help="print plan and caption table, draw a contact sheet of what the model will see, and stop"
+    )
+    strict: bool = option(False, help="stop where the dataset would only be warned of")
+    no_scan_cache: bool = option(
+        False, help="read every image header and caption anew instead of only those of files that changed"
+    )
     cache_info: bool = option(False, help="remember image sizes and captions in metadata_cache.json for faster starts")
     skip_bad_images: bool = option(False, help="leave out images that can't be read instead of stopping")
     ignore_exif_orientation: bool = option(False, help="don't turn images as their EXIF data say")
@@ -218,7 +229,7 @@ class CaptionOptions:
     caption_prefix: str | None = option(help="text put before each caption, with a space")
     caption_suffix: str | None = option(help="text put after each caption, with a space")
     caption_separator: str = option(",", help="what separates the tags of a caption")
-    shuffle_caption: bool = option(False, help="shuffle the tags each time; not with cached text encoder outputs")
+    shuffle_caption: bool = option(False, help="shuffle the tags each time")
     keep_tokens: int = option(0, help="the first N tags are neither shuffled nor dropped")
     keep_tokens_separator: str = option(
         "", help="marker in captions: tags before it are kept in place, and so are those after a second one"
@@ -246,6 +257,11 @@ class CacheOptions:
     )
     vae_batch_size: int = option(1, help="images encoded at once", least=1)
     skip_cache_check: bool = option(False, help="trust cache files that exist without looking into them")
+    cache_dir: str | None = option(path=True, help="folder for all cache files, instead of beside the images")
+    cache_compact: bool = option(False, help="store cached arrays compressed and in bf16: less exact, a third the size")
+    cache_posterior: bool = option(
+        False, help="cache mean and deviation of the latents and draw from them at each use, instead of one drawing"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,14 +270,19 @@ class TextCacheOptions:
 
     cache_text_encoder_outputs: bool = option(
         False,
-        help="encode the captions once before training and drop the text encoders; not with --shuffle_caption or "
-        "caption dropout; a text encoder that is trained stays in use",
+        help="encode the captions once before training and drop the text encoders; shuffling and the like need "
+        "--text_cache_variants; a text encoder that is trained stays in use",
     )
     cache_text_encoder_outputs_to_disk: bool = option(
         False, help="store text encoder outputs beside the images for later runs; implies --cache_text_encoder_outputs"
     )
     text_encoder_batch_size: int | None = option(
         help="captions encoded at once; --train_batch_size when not given", least=1
+    )
+    text_cache_variants: int = option(
+        0,
+        help="drawings cached of each caption that is shuffled, thinned out or has wildcards",
+        least=0,
     )
 
 
@@ -422,6 +443,9 @@ class LossOptions:
     huber_c: float = option(0.1, help="limit of huber and smooth_l1, from where on deviations count linearly", least=0)
     huber_scale: float = option(1.0, help="factor on that limit, for the schedules constant and exponential", least=0)
     masked_loss: bool = option(False, help="weigh the loss by masks: conditioning images or the images' transparency")
+    masked_loss_normalize: bool = option(
+        False, help="divide the masked loss by the mean of its mask"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -785,33 +809,13 @@ class ShowMetadataOptions:
 # which options are not used where
 
 _DATASET_PENDING = {
-    "reg_data_dir": "regularization images come later; leave it out",
-    "in_json": "metadata files come later; use caption files and --train_data_dir or --dataset_config",
     "dataset_class": "own dataset classes come later; use --dataset_config",
-    "conditioning_data_dir": "conditioning images come later",
-    "alpha_mask": "masks come later",
-    "color_aug": "changing colours comes later",
-    "random_crop": "random crops come later",
-    "face_crop_aug_range": "crops around faces come later",
-    "cache_info": "it comes later; starts are a little slower without it",
-    "debug_dataset": "showing batches comes later",
-    "shuffle_caption": "shuffling captions comes later",
-    "keep_tokens": "shuffling captions comes later",
-    "keep_tokens_separator": "shuffling captions comes later",
-    "secondary_separator": "shuffling captions comes later",
-    "enable_wildcard": "wildcards come later",
-    "token_warmup_step": "tag warm-up comes later",
-    "token_warmup_min": "tag warm-up comes later",
-    "caption_separator": "it matters only for shuffling captions, which comes later; leave it out",
-    "caption_dropout_rate": "caption dropout comes later",
-    "caption_dropout_every_n_epochs": "caption dropout comes later",
-    "caption_tag_dropout_rate": "caption dropout comes later",
+    "conditioning_data_dir": "ControlNet training comes later; for masks name the folder in --dataset_config",
     "model_type=chroma": "Chroma comes later",
 }
 
 _TRAINING_PENDING = {
     **_DATASET_PENDING,
-    "masked_loss": "masks come later",
     "blocks_to_swap": "swapping blocks comes later; use --gradient_checkpointing",
     "cpu_offload_checkpointing": "keeping activations on the CPU comes later; use --gradient_checkpointing",
     "fused_backward_pass": "stepping during the backward pass comes later",
@@ -904,7 +908,6 @@ FLUX_TRAIN_NETWORK = Script(
     pending={
         **_TRAINING_PENDING,
         **dict.fromkeys((spec.name for spec in options_of(ValidationOptions)), "validation comes later"),
-        "prior_loss_weight": "regularization images come later; leave it out",
         "fp8_base_unet": "fp8 comes later; use --mixed_precision bf16",
         "split_mode": "swapping blocks comes later; use --gradient_checkpointing",
     },

@@ -28,7 +28,7 @@ from library.types import Size
 
 if TYPE_CHECKING:
     from library.data.dataset import TrainingData
-    from library.data.sources import Item
+    from library.data.items import Item
     from library.families.base import Family
     from library.methods.base import Method
     from library.options import Options

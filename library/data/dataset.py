@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.data.captions import tag_counts
+from library.data.items import Item
 from library.data.loading import Loader, Tokenize
 from library.data.order import Epoch, Group, Lane, Order, Share
-from library.data.sources import Item, Scan
+from library.data.sources import Scan
 from library.types import Batch, Size, Traits
 
 if TYPE_CHECKING:

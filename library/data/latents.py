@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from library.data.arrays import DamagedCacheError, read_arrays, write_arrays
-from library.data.sources import Item
+from library.data.items import Item
 from library.files import sha256
 from library.log import DataError
 from library.randomness import mix

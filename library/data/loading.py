@@ -16,9 +16,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from library.data.images import load_pixels
+from library.data.items import Item
 from library.data.latents import image_seed
 from library.data.order import Share
-from library.data.sources import Item
 from library.data.texts import stacked
 from library.log import DataError, UserError
 from library.randomness import mix

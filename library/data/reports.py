@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from library.data.sources import Item
+from library.data.items import Item
 
 CAPTIONS_AT_ONCE = 1000
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Literal
 
 from library.types import Finding, Size
 
@@ -37,6 +38,10 @@ class SubsetSettings:
     random_crop: bool = False
     face_crop_aug_range: tuple[float, float] | None = None
     cache_info: bool = False
+    mask: Literal["", "alpha", "conditioning"] = ""
+    """What weighs the loss: the image's transparency, the red channel of the conditioning image, or nothing."""
+    background: tuple[int, int, int] | None = None
+    """Colour behind transparent parts; None: the colours stored under them show."""
     shuffle_caption: bool = False
     keep_tokens: int = 0
     keep_tokens_separator: str = ""

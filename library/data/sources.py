@@ -11,36 +11,16 @@ from functools import partial
 from pathlib import Path
 
 from library.data import buckets, captions, folders
-from library.data.buckets import Assignment
 from library.data.images import DamagedImageError, Header, read_header
+from library.data.items import Item
 from library.data.progress import Progress
 from library.data.settings import DatasetConfig, DatasetSettings, SubsetSettings
 from library.files import read_text
-from library.types import Finding, Size, Traits
+from library.types import Finding, Traits
 
 THREADS = min(16, 2 * (os.cpu_count() or 1))
 LARGEST_CROP_LOSS = 0.3
 LARGEST_ENLARGEMENT = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """An image with its caption, as one subset uses it."""
-
-    path: str
-    original: Size
-    """Upright."""
-    caption: str
-    """As the model sees it."""
-    repeats: int
-    assignment: Assignment
-    dataset: int
-    subset: SubsetSettings
-    orientation: int
-    file_bytes: int
-    mtime_ns: int
-    shares_stem: bool
-    """Whether another image of the folder has the same name but for the extension."""
 
 
 @dataclass

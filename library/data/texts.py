@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from library.data.arrays import DamagedCacheError, read_arrays, write_arrays
+from library.data.items import Item
 from library.data.latents import FORMAT_VERSION, KEY, base_name, stem_of
-from library.data.sources import Item
 from library.log import DataError
 from library.types import Cond
 
