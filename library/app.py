@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import set_seed
 
-from library import caching, devices, log
+from library import caching, devices, inspection, log, run_data
 from library.assembly import Job, Precision, Setting, assemble
-from library.data import config, reports, sources
+from library.data import reports
 from library.data.dataset import TrainingData
 from library.families.base import Family
 from library.hub import download_state
@@ -24,15 +24,18 @@ from library.option_groups import (
     LengthOptions,
     MemoryOptions,
     NetworkOptions,
+    OptimizerOptions,
     SampleOptions,
     SaveOptions,
     ScheduleOptions,
     StateOptions,
     T5DtypeOptions,
+    TextCacheOptions,
 )
 from library.prompts import load_prompts
 from library.train import loop, preflight, processes, resume, watch
 from library.train.conditions import Conditions, remember_prompts
+from library.train.forecast import Forecast
 from library.train.plan import Plan, make_plan
 from library.train.ranks import Ranks
 from library.train.room import Room, check_cache_room, check_disk
@@ -50,19 +53,26 @@ def train(family_class: type[Family], method_class: type[Method], options: Optio
     family = family_class.from_options(options)
     method = method_class.from_options(options, family.encoder_names)
     state_folder = _state_to_resume(options)
-    scan = _scan(options, family)
+    scan = run_data.find(options, family)
     findings += [*scan.findings, *family.findings(), *preflight.check_combinations(options)]
     findings += preflight.check_paths(options, load_prompts)
     if errors(findings) or not scan.items:
         preflight.report(findings)
-    _show("data", scan.lines())
+    _show("data", reports.caption_table(scan.items, scan.reports))
     family.load_tokenizers()
-    data, precision = TrainingData(scan, family.traits, 0), Precision.from_options(options)
+    data, precision = run_data.of_scan(options, scan, family, 0), Precision.from_options(options)
     caches = caching.look(options, family, data, precision, method.changes_to_encoders())
     plan = _plan(options, data, _room(family, method, options, precision, caches))
-    _show("plan", plan.lines())
+    regularization = data.regularization_line()
+    _show("plan", [*plan.lines(), *([regularization] if regularization else [])])
+    forecast = _forecast(family, method, options, precision)
+    _show("memory", forecast)
     folders = Path(options[SaveOptions].output_dir or "."), Path(scan.items[0].path).parent
     preflight.report([*findings, *caches.findings(), *check_disk(plan, *folders)])
+    if options[DatasetOptions].dry_run or options[DatasetOptions].debug_dataset:
+        if processes.is_main():
+            inspection.inspect(options, family, data, [*plan.lines(), *forecast])
+        return
 
     accelerator = processes.start(options)
     preflight.report(preflight.check_device(accelerator.device.type))
@@ -70,15 +80,14 @@ def train(family_class: type[Family], method_class: type[Method], options: Optio
         options=options,
         family=family,
         method=method,
-        data=TrainingData(scan, family.traits, processes.agree(_seed(options, state_folder))),
+        data=run_data.of_scan(options, scan, family, processes.agree(_seed(options, state_folder)), plan),
         plan=plan,
         precision=precision,
         caches=caches,
         accelerator=accelerator,
         ranks=Ranks.of_this_process(accelerator.device),
     )
-    for line in reports.token_report(job.data.items, family.count_tokens, family.token_limits()):
-        logger.warning(line)
+    run_data.check_lengths(options, family, job.data)
     watch.start()
     try:
         conditions = _encode_what_is_cached(job)
@@ -129,15 +138,20 @@ def _state_to_resume(options: Options) -> Path | None:
     return found
 
 
-def _scan(options: Options, family: Family) -> sources.Scan:
-    group = options[DatasetOptions]
-    return sources.scan(
-        config.load(options),
-        family.traits,
-        skip_bad_images=group.skip_bad_images,
-        ignore_exif_orientation=group.ignore_exif_orientation,
-        allow_missing_captions=group.allow_missing_captions,
-    )
+def _forecast(family: Family, method: Method, options: Options, precision: Precision) -> list[str]:
+    shapes = family.part_shapes()
+    kept = family.encoder_names
+    if options[TextCacheOptions].cache_text_encoder_outputs:
+        kept = tuple(name for name in kept if name in method.trained_encoders())
+    return Forecast.of(
+        shapes,
+        kept=kept,
+        trained_elements=method.trained_elements(shapes),
+        beside=options.has(NetworkOptions),
+        frozen_size=precision.frozen.itemsize,
+        trained_size=precision.trained.itemsize,
+        optimizer=options[OptimizerOptions].optimizer_type or "AdamW",
+    ).lines()
 
 
 def _room(family: Family, method: Method, options: Options, precision: Precision, caches: caching.Caches) -> Room:
@@ -155,8 +169,10 @@ def _plan(options: Options, data: TrainingData, room: Room) -> Plan:
     prompts = options[SampleOptions].sample_prompts
     return make_plan(
         images=data.images,
+        regularization_images=data.regularization_images,
         repeated=data.repeated,
         batches_per_epoch=data.batches_in_epoch(),
+        batches_per_process=data.batches_in_epoch(processes.world_size()),
         batch_sizes=data.batch_sizes,
         processes=processes.world_size(),
         length=options[LengthOptions],
@@ -185,7 +201,7 @@ def _seed(options: Options, state_folder: Path | None) -> int:
 
 def _show(title: str, lines: Sequence[str]) -> None:
     if processes.is_main():
-        logger.info("%s\n%s", title, "\n".join(f"  {line}" for line in lines))
+        logger.info("%s", log.block(title, lines))
 
 
 # encoding what is cached
@@ -248,13 +264,13 @@ def _fill_only(options: Options, fill: Callable[[Setting], None]) -> None:
     if not options[CacheToolOptions].flux:
         logger.info("the model family is FLUX.1 (--flux): it is the only one so far")
     family = Flux.from_options(options)
-    scan = _scan(options, family)
+    scan = run_data.find(options, family)
     findings: list[Finding] = [*scan.findings, *family.findings()]
     preflight.report(findings)
-    _show("data", scan.lines())
+    _show("data", reports.caption_table(scan.items, scan.reports))
     family.load_tokenizers()
-    data, precision = TrainingData(scan, family.traits, 0), Precision.from_options(options)
-    caches = caching.look(options, family, data, precision)
+    data, precision = run_data.of_scan(options, scan, family, 0), Precision.from_options(options)
+    caches = caching.look(options, family, data, precision, encoder_types=_encoder_types(options, precision))
     preflight.report(
         check_cache_room(caches.bytes_needed(family, processes.world_size()), Path(scan.items[0].path).parent)
     )
@@ -270,6 +286,13 @@ def _fill_only(options: Options, fill: Callable[[Setting], None]) -> None:
             ranks=Ranks.of_this_process(accelerator.device),
         )
     )
+
+
+def _encoder_types(options: Options, precision: Precision) -> str | None:
+    """The types of the encoders where T5 has one of its own: outputs of another type are other outputs."""
+    name = options[T5DtypeOptions].t5xxl_dtype if options.has(T5DtypeOptions) else None
+    own = None if name is None else devices.dtype_of(name, "--t5xxl_dtype")
+    return None if own in (None, precision.frozen) else f"{precision.frozen}, t5xxl {own}"
 
 
 # loading what is trained

@@ -43,7 +43,7 @@ from library.train.control import Control
 from library.train.loop import Run
 from library.train.plan import Plan
 from library.train.previews import Previews
-from library.train.ranks import Ranks
+from library.train.ranks import PINNING, Ranks
 from library.train.resume import Parts
 from library.train.state import RunState
 from library.train.steppers import Stepper
@@ -203,7 +203,7 @@ def assemble(job: Job, conditions: Conditions, state_folder: Path | None) -> Ass
 
 def _batches(job: Job, tokenizes: bool, epoch: int, start: int) -> Iterator[Batch]:
     length = job.options[LengthOptions]
-    return job.data.loader(
+    batches = job.data.loader(
         epoch,
         start,
         job.ranks.rank,
@@ -213,6 +213,7 @@ def _batches(job: Job, tokenizes: bool, epoch: int, start: int) -> Iterator[Batc
         persistent=length.persistent_data_loader_workers,
         tokenize=job.family.tokenize if tokenizes else None,
     )
+    return (batch.pinned() for batch in batches) if job.device.type in PINNING else batches
 
 
 def _state(job: Job) -> RunState:
@@ -230,7 +231,7 @@ def _state(job: Job) -> RunState:
 
 def _fingerprint(data: TrainingData) -> str:
     """Changes when the samples of an epoch, or their order, would be others."""
-    digest = hashlib.sha256(repr(data.batch_sizes).encode())
+    digest = hashlib.sha256(repr((data.batch_sizes, data.scan.reg_slots)).encode())
     for item in data.items:
         line = (Path(item.path).name, item.caption, item.repeats, item.assignment.bucket, item.dataset)
         digest.update(repr(line).encode())

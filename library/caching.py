@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from library.data import cache
+from library.data.cache_names import CacheNames
 from library.option_groups import CacheOptions, TextCacheOptions
 from library.places import check_writable
 from library.train import processes, watch
 from library.train.conditions import encode_images
-from library.types import Finding
+from library.types import Finding, Posterior
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -60,26 +62,45 @@ class Caches:
 
 
 def look(
-    options: Options, family: Family, data: TrainingData, precision: Precision, changes_to_encoders: str = ""
+    options: Options,
+    family: Family,
+    data: TrainingData,
+    precision: Precision,
+    changes_to_encoders: str = "",
+    encoder_types: str | None = None,
 ) -> Caches:
     """Opens every cache file and finds out what has to be encoded.
 
-    `changes_to_encoders` stands for all that is done to the text encoders of the files before they are used.
+    `changes_to_encoders` stands for all that is done to the text encoders of the files before they are used;
+    `encoder_types` for the types they run in, where that isn't the precision's.
     """
     latents, text = options[CacheOptions], options[TextCacheOptions]
-    same: dict[str, Any] = {
-        "skip_check": latents.skip_cache_check,
-        "rank": processes.rank(),
-        "world": processes.world_size(),
-        "visible": processes.is_main(),
-    }
+    same = cache.CacheSettings(
+        skip_check=latents.skip_cache_check,
+        names=CacheNames(Path(latents.cache_dir) if latents.cache_dir else None),
+        compact=latents.cache_compact,
+        posterior=latents.cache_posterior,
+        rank=processes.rank(),
+        world=processes.world_size(),
+        visible=processes.is_main(),
+    )
     found_latents, found_text = None, None
     if latents.cache_latents:
-        identity, on_disk = family.vae_identity(), latents.cache_latents_to_disk
-        found_latents = cache.check_latents(data, identity, dtype=str(precision.vae), to_disk=on_disk, **same)
+        settings = replace(
+            same,
+            identity=family.vae_identity(),
+            dtype=str(precision.vae),
+            to_disk=latents.cache_latents_to_disk,
+        )
+        found_latents = cache.check_latents(data, settings)
     if text.cache_text_encoder_outputs:
-        identity, on_disk = family.text_identity() + changes_to_encoders, text.cache_text_encoder_outputs_to_disk
-        found_text = cache.check_text(data, identity, dtype=str(precision.frozen), to_disk=on_disk, **same)
+        settings = replace(
+            same,
+            identity=family.text_identity() + changes_to_encoders,
+            dtype=str(precision.frozen) if encoder_types is None else encoder_types,
+            to_disk=text.cache_text_encoder_outputs_to_disk,
+        )
+        found_text = cache.check_text(data, settings)
     return Caches(found_latents, found_text)
 
 
@@ -95,7 +116,7 @@ def fill_text(job: Setting, encoders: Mapping[str, nn.Module]) -> None:
             return family.encode_text(encoders, tokens)
 
     batch_size = job.options[TextCacheOptions].text_encoder_batch_size or max(job.data.batch_sizes)
-    cache.fill_text(job.data, encode, check=job.caches.text, batch_size=batch_size, visible=job.ranks.is_main)
+    cache.fill_text(job.data, encode, job.caches.text, batch_size=batch_size, visible=job.ranks.is_main)
     processes.wait_for_all()
 
 
@@ -103,12 +124,12 @@ def fill_latents(job: Setting, vae: nn.Module | None) -> None:
     """Encodes the images that the cache lacks; the autoencoder is needed only if it lacks some."""
     assert job.caches.latents is not None
 
-    def encode(pixels: Tensor, seeds: list[int]) -> Tensor:
+    def encode(pixels: Tensor) -> Posterior:
         watch.heartbeat("caching latents")
         assert vae is not None, "nothing was missing when the autoencoder was left out"
         with torch.no_grad():
-            return encode_images(job.family, vae, pixels, seeds)
+            return encode_images(job.family, vae, pixels)
 
     batch_size = job.options[CacheOptions].vae_batch_size
-    cache.fill_latents(job.data, encode, check=job.caches.latents, batch_size=batch_size, visible=job.ranks.is_main)
+    cache.fill_latents(job.data, encode, job.caches.latents, batch_size=batch_size, visible=job.ranks.is_main)
     processes.wait_for_all()

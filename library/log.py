@@ -85,6 +85,11 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
+def block(title: str, lines: Sequence[str]) -> str:
+    """A titled list for a message."""
+    return "\n".join((title, *(f"  {line}" for line in lines)))
+
+
 def setup(console: ConsoleOptions) -> None:
     """Directs the log lines to the terminal or to a file, as the console options say; the last call counts.
 

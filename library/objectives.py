@@ -18,6 +18,9 @@ TIMESTEPS = 1000
 MIN_WEIGHTED_SIGMA = 1e-4
 """Noise levels below this get the loss weight of this one, so that `sigma_sqrt` stays finite."""
 
+LEAST_MASK = 1e-3
+"""Mean of a mask below which normalising the loss by it goes no further."""
+
 
 class Objective(Protocol):
     """A way of learning to turn noise into latents. Sigma is the noise level in [0, 1], timestep = 1000 sigma."""
@@ -58,6 +61,7 @@ class FlowSettings:
     max_timestep: int | None = None
     ip_noise_gamma: float | None = None
     ip_noise_gamma_random_strength: bool = False
+    masked_loss_normalize: bool = False
 
 
 class Flow:
@@ -117,6 +121,8 @@ class Flow:
         losses = LOSSES[self.settings.loss_type](difference, threshold)
         if mask is not None:
             losses = losses * mask
+            if self.settings.masked_loss_normalize:
+                losses = losses / mask.mean(dim=(1, 2, 3), keepdim=True).clamp_min(LEAST_MASK)
         return losses.mean(dim=(1, 2, 3)) * noised.weight
 
     def denoise(self, x: Tensor, prediction: Tensor, t: float, t_next: float) -> Tensor:

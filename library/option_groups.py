@@ -443,9 +443,7 @@ class LossOptions:
     huber_c: float = option(0.1, help="limit of huber and smooth_l1, from where on deviations count linearly", least=0)
     huber_scale: float = option(1.0, help="factor on that limit, for the schedules constant and exponential", least=0)
     masked_loss: bool = option(False, help="weigh the loss by masks: conditioning images or the images' transparency")
-    masked_loss_normalize: bool = option(
-        False, help="divide the masked loss by the mean of its mask"
-    )
+    masked_loss_normalize: bool = option(False, help="divide the masked loss by the mean of its mask")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from pathlib import Path
 
@@ -64,3 +65,12 @@ def check_output_name(name: str | None) -> list[Finding]:
     if name.endswith((".safetensors", ".ckpt", ".pt")):
         return [warning(f"{name!r} already has an extension; another one is added", option)]
     return []
+
+
+def cache_home() -> Path:
+    """The user's folder for what programs can make again; see the XDG base directory specification."""
+    if os.name == "nt":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "image-model-trainer"

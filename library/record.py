@@ -27,8 +27,11 @@ from library.option_groups import (
 from library.types import Size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from library.data.dataset import TrainingData
     from library.data.items import Item
+    from library.data.settings import SubsetSettings
     from library.families.base import Family
     from library.methods.base import Method
     from library.options import Options
@@ -91,8 +94,8 @@ class Record:
             steps=state.step,
             epoch=state.current_epoch,
             base_model_version=self.family.traits.base_model_version,
-            num_train_images=self.data.repeated,
-            num_reg_images=0,
+            num_train_images=self._samples(regularization=False),
+            num_reg_images=self._samples(regularization=True),
             num_batches_per_epoch=self.plan.batches_per_epoch,
             num_epochs=self.plan.epochs,
             seed=state.seed,
@@ -110,6 +113,10 @@ class Record:
             minimal=network.no_metadata,
         )
 
+    def _samples(self, *, regularization: bool) -> int:
+        numbers = range(len(self.data.config.datasets))
+        return sum(self.data.samples(number, regularization=regularization) for number in numbers)
+
     @cached_property
     def _base_model(self) -> dict[str, str]:
         if self.options[NetworkOptions].no_metadata:
@@ -125,29 +132,17 @@ class Record:
 
     def _dataset_facts(self, number: int) -> DatasetFacts:
         settings = self.data.config.datasets[number]
-        items: dict[str, list[Item]] = defaultdict(list)
+        items: dict[int, list[Item]] = defaultdict(list)
         for item in self.data.items:
             if item.dataset == number:
-                items[item.subset.image_dir].append(item)
-        subsets = [
-            SubsetFacts(
-                img_count=len(items[subset.image_dir]),
-                num_repeats=subset.num_repeats,
-                image_dir=subset.image_dir,
-                class_tokens=subset.class_tokens,
-                flip_aug=subset.flip_aug,
-                caption_prefix=subset.caption_prefix,
-                caption_suffix=subset.caption_suffix,
-                tags=metadata.count_tags(item.caption for item in items[subset.image_dir]),
-            )
-            for subset in settings.subsets
-        ]
+                items[id(item.subset)].append(item)
+        subsets = [_subset_facts(subset, items[id(subset)]) for subset in settings.subsets]
         counts = self.data.bucket_counts(number)
         return DatasetFacts(
-            is_dreambooth=True,
+            is_dreambooth=not any(subset.metadata_file for subset in settings.subsets),
             batch_size=settings.batch_size,
-            num_train_images=sum(counts.values()),
-            num_reg_images=0,
+            num_train_images=self.data.samples(number, regularization=False),
+            num_reg_images=self.data.samples(number, regularization=True),
             resolution=settings.resolution,
             enable_bucket=settings.enable_bucket,
             min_bucket_reso=settings.min_bucket_reso,
@@ -157,6 +152,19 @@ class Record:
             mean_ar_error=self.data.mean_aspect_error(number),
             subsets=subsets,
         )
+
+
+def _subset_facts(subset: SubsetSettings, items: Sequence[Item]) -> SubsetFacts:
+    same = {name: getattr(subset, name) for name in _COPIED}
+    return SubsetFacts(img_count=len(items), tags=metadata.count_tags(item.caption for item in items), **same)
+
+
+_COPIED = (
+    *("num_repeats", "image_dir", "class_tokens", "is_reg", "metadata_file", "color_aug", "flip_aug", "random_crop"),
+    *("shuffle_caption", "keep_tokens", "keep_tokens_separator", "secondary_separator", "enable_wildcard"),
+    *("caption_prefix", "caption_suffix"),
+)
+"""What files say of a subset as it was configured."""
 
 
 def commit() -> str:

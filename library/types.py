@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -94,26 +94,35 @@ class Batch:
 
     def to(self, device: object, dtype: object = None) -> Batch:
         """This batch with its tensors on `device`; floating-point latents, pixels, cond and masks in `dtype`."""
-        from dataclasses import replace
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None:
-                return None
+        def move(tensor: Tensor) -> Tensor:
             floating = dtype if tensor.is_floating_point() else None
             return tensor.to(device=device, dtype=floating, non_blocking=True)  # type: ignore[call-overload, no-any-return]
 
-        def move_all(tensors: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-            return None if tensors is None else {name: move(tensor) for name, tensor in tensors.items()}  # type: ignore[misc]
+        weights = self.loss_weights.to(device=device, non_blocking=True)  # type: ignore[call-overload]
+        return replace(self._changed(move), loss_weights=weights)
+
+    def pinned(self) -> Batch:
+        """This batch in memory from which a GPU fetches by itself, so that nobody waits."""
+        return replace(self._changed(lambda tensor: tensor.pin_memory()), loss_weights=self.loss_weights.pin_memory())
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """This batch with something done to each tensor but the loss weights."""
+
+        def one(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        def all_of(tensors: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+            return None if tensors is None else {name: change(tensor) for name, tensor in tensors.items()}
 
         return replace(
             self,
-            latents=move(self.latents),
-            pixels=move(self.pixels),
-            cond=move_all(self.cond),
-            tokens=move_all(self.tokens),
-            conditioning=move(self.conditioning),
-            mask=move(self.mask),
-            loss_weights=self.loss_weights.to(device=device, non_blocking=True),  # type: ignore[call-overload]
+            latents=one(self.latents),
+            pixels=one(self.pixels),
+            cond=all_of(self.cond),
+            tokens=all_of(self.tokens),
+            conditioning=one(self.conditioning),
+            mask=one(self.mask),
         )
 
 
@@ -131,6 +140,19 @@ class Noised:
     """(B,) in [0, 1000], float32."""
     weight: Tensor
     """(B,) loss weight of each sample."""
+
+
+class Posterior(NamedTuple):
+    """What an autoencoder makes of images: a normal distribution of each number of their latents."""
+
+    mean: Tensor
+    """(B, C, h, w) float32"""
+    deviation: Tensor
+    """(B, C, h, w) float32: the standard deviation."""
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """(B, C, h, w): latents, from normal numbers."""
+        return self.mean + self.deviation * noise
 
 
 @dataclass(kw_only=True)

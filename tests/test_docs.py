@@ -190,9 +190,46 @@ def test_dataset_files_are_accepted(page: Path, tmp_path: Path) -> None:
             continue
         file = tmp_path / f"{number}.toml"
         file.write_text(block, encoding="utf-8")
-        found = config.load(parse(FLUX_TRAIN_NETWORK, ["--dataset_config", str(file)]))
+        masked = ["--masked_loss"] if "conditioning_data_dir" in block else []
+        found = config.load(parse(FLUX_TRAIN_NETWORK, ["--dataset_config", str(file), *masked]))
         assert found.datasets
         assert not found.findings
+
+
+def test_dataset_files_run(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every dataset of the page on datasets, with small pictures where it says."""
+    monkeypatch.chdir(tmp_path)
+    tiny = Tiny(tmp_path, models)
+    (metadata,) = (block for block in blocks(DOCS / "datasets.md", "json"))
+    found = [block for block in blocks(DOCS / "datasets.md", "toml") if "[[datasets]]" in block]
+    assert len(found) >= 5
+    for folder in ("train/cats", "train/dogs", "reg/cats", "train/cat_masks"):
+        write_images(tmp_path / folder, [(64, 64), (64, 64)])
+        for number, name in enumerate(("001.png", "002.png" if "mask" in folder else "002.jpg")):
+            (tmp_path / folder / f"i{number}.png").rename(tmp_path / folder / name)
+            (tmp_path / folder / f"i{number}.txt").rename(tmp_path / folder / f"{name[:3]}.txt")
+    (tmp_path / "train" / "meta_cat.json").write_text(metadata, encoding="utf-8")
+    for number, block in enumerate(found):
+        (tmp_path / f"{number}.toml").write_text(block, encoding="utf-8")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        more = [
+            "--dataset_config",
+            f"{number}.toml",
+            "--max_bucket_reso",
+            "1024",
+            "--dry_run",
+            "--skip_bad_images",
+            "--allow_missing_captions",
+        ]
+        more += ["--masked_loss"] if "conditioning_data_dir" in block else []
+        caplog.clear()
+        importlib.import_module("flux_train_network").main(["--config_file", str(tiny.config), *more])
+        page = (tmp_path / "output" / "my_cat_dataset.html").read_text(encoding="utf-8")
+        assert "<img" in page
+        assert ("mask, " in page) == ("conditioning_data_dir" in block)
+        assert ("indoors, sofa, tabby" in page) == ("metadata_file" in block)
 
 
 @each_page

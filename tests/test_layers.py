@@ -15,7 +15,18 @@ PACKAGES = ("library", "networks", "tools", "finetune")
 PLUGINS = "networks"
 
 LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
-    (4, ("library.app", "library.assembly", "library.caching", "library.record", "library.option_docs")),
+    (
+        4,
+        (
+            "library.app",
+            "library.assembly",
+            "library.caching",
+            "library.record",
+            "library.run_data",
+            "library.inspection",
+            "library.option_docs",
+        ),
+    ),
     (3, ("library.train", "library.methods", "library.generate")),
     (2, ("library.families", "library.data", "library.sampling", "library.prompts", PLUGINS)),
     (1, ("library.models", "library.objectives")),

@@ -203,10 +203,10 @@ MISTAKES: dict[str, tuple[str, Argv, int, str, tuple[str, ...]]] = {
     "dataset key of another type": (LORA, dataset("num_repeats = '2'"), USAGE, "E-DATASET-CONFIG", ("toml:6", "whole")),
     "dataset feature to come": (
         LORA,
-        dataset("shuffle_caption = true"),
+        dataset("validation_split = 0.1"),
         USAGE,
         "E-DATASET-CONFIG",
-        ("toml:6", "leave"),
+        ("toml", "validation_split"),
     ),
     # models
     "no model": (LORA, words("--ae", ""), USAGE, "E-MODEL-NONE", ("--ae", "give --ae FILE")),

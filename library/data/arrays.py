@@ -14,9 +14,14 @@ from typing import Any
 import numpy as np
 
 from library.files import atomic_write
+from library.log import ResourceError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = dict[str, Array]
+
+FORMAT_VERSION = 1
+KEY = "cache_key"
+"""Name of the array that says, as JSON, what decided the others."""
 
 STALE_LOCK_SECONDS = 60.0
 
@@ -45,24 +50,51 @@ def read_arrays(path: Path, wanted: Callable[[str], bool] = lambda name: True) -
         raise DamagedCacheError(str(error)) from error
 
 
-def write_arrays(path: Path, arrays: Mapping[str, Array], keep: Callable[[str], bool] | None = None) -> None:
+def write_arrays(
+    path: Path, arrays: Mapping[str, Array], keep: Callable[[str], bool] | None = None, *, compressed: bool = False
+) -> None:
     """Writes a file atomically; arrays of an existing file that are to be kept and aren't replaced stay in it.
 
     Errors: ResourceError.
     """
+    _make_folder(path.parent)
     if keep is None:
-        _write(path, arrays)
+        _write(path, arrays, compressed)
         return
     with _locked(path):
         kept: Arrays = {}
         with suppress(FileNotFoundError, DamagedCacheError):
             kept = read_arrays(path, keep)
-        _write(path, {**kept, **arrays})
+        _write(path, {**kept, **arrays}, compressed)
 
 
-def _write(path: Path, arrays: Mapping[str, Array]) -> None:
+def _write(path: Path, arrays: Mapping[str, Array], compressed: bool) -> None:
+    save = np.savez_compressed if compressed else np.savez
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        save(file, **arrays)  # type: ignore[arg-type]
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        hint = "choose another --cache_dir"
+        what = f"can't make the folder: {error.strerror or error}"
+        raise ResourceError(what, str(folder), hint, code="E-CACHE") from error
+
+
+def narrowed(array: Array) -> Array:
+    """The bits of float numbers rounded to bfloat16, uint16; other arrays as they are."""
+    if array.dtype.kind != "f":
+        return array
+    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+    rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+    return (np.where(np.isnan(array), bits | 0x400000, rounded) >> 16).astype(np.uint16)
+
+
+def widened(array: Array) -> Array:
+    """The float32 numbers whose bits `narrowed` gave."""
+    return (array.astype(np.uint32) << 16).view(np.float32)
 
 
 @contextmanager
@@ -82,4 +114,5 @@ def _locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        with suppress(OSError):
+            lock.unlink(missing_ok=True)

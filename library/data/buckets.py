@@ -86,8 +86,8 @@ def assign(image: Size, settings: BucketSettings) -> Assignment:
         sizes = predefined(
             settings.resolution, settings.min_bucket_reso, settings.max_bucket_reso, settings.bucket_reso_steps
         )
-        return _cropped(image, _nearest(image, sizes))
-    return _cropped(image, settings.resolution)
+        return covering(image, _nearest(image, sizes))
+    return covering(image, settings.resolution)
 
 
 def _nearest(image: Size, sizes: tuple[Size, ...]) -> Size:
@@ -104,8 +104,8 @@ def _aspects(sizes: tuple[Size, ...]) -> tuple[float, ...]:
     return tuple(size.width / size.height for size in sizes)
 
 
-def _cropped(image: Size, bucket: Size) -> Assignment:
-    """Resized to cover the bucket and cropped to it."""
+def covering(image: Size, bucket: Size) -> Assignment:
+    """What becomes of an image in a bucket: resized to cover it, and cropped to it."""
     wide = image.width / image.height > bucket.width / bucket.height
     scale = bucket.height / image.height if wide else bucket.width / image.width
     return _assignment(image, bucket, _scaled(image, scale, bucket))

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
-from library.data.images import load_pixels, to_tensor
-from library.data.latents import LatentsEntry, LatentsFiles, LatentsMemory, LatentsStore, image_seed
+from library.data.cache_names import CacheNames
+from library.data.images import Picture, load_picture, to_tensor
+from library.data.latents import Drawn, Encoded, LatentsEntry, LatentsFiles, LatentsMemory, LatentsStore, image_seed
 from library.data.progress import Progress
 from library.data.texts import TextEntry, TextFiles, TextMemory, TextStore
+from library.data.views import still
 from library.log import DataError, get_logger, raise_all
-from library.types import Cond
+from library.randomness import Draws
+from library.types import Cond, Posterior
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +34,8 @@ IMAGES_AHEAD = 2 * THREADS
 """Decoded images that may wait for the encoder."""
 WRITES_AHEAD = 64
 
-EncodeImages = Callable[["Tensor", list[int]], "Tensor"]
-"""Latents (B, C, h, w) of pixels (B, 3, H, W) in [-1, 1]; the B seeds decide any random numbers."""
+EncodeImages = Callable[["Tensor"], Posterior]
+"""The posterior of the latents (B, C, h, w) of pixels (B, 3, H, W) in [-1, 1]."""
 
 EncodeText = Callable[[list[str]], Cond]
 """Text outputs, with a batch axis."""
@@ -106,40 +109,48 @@ LatentsCheck = Check[LatentsStore, LatentsEntry]
 TextCheck = Check[TextStore, TextEntry]
 
 
-def check_latents(
-    data: TrainingData,
-    identity: str,
-    *,
-    dtype: str = "",
-    to_disk: bool = True,
-    skip_check: bool = False,
-    rank: int = 0,
-    world: int = 1,
-    visible: bool = True,
-) -> LatentsCheck:
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """What decides whether something cached may be used, where it lies, and which part of it is this process's."""
+
+    identity: str = ""
+    """Of the encoder's weights and settings."""
+    dtype: str = ""
+    """Of the encoder."""
+    to_disk: bool = True
+    skip_check: bool = False
+    names: CacheNames = field(default_factory=CacheNames)
+    compact: bool = False
+    posterior: bool = False
+    rank: int = 0
+    world: int = 1
+    visible: bool = True
+    """Whether to show progress."""
+
+
+def check_latents(data: TrainingData, settings: CacheSettings) -> LatentsCheck:
     """Which latents would have to be encoded by this process; opens every cache file unless told to skip that."""
     store: LatentsStore
-    if to_disk:
-        store = LatentsFiles(data.items, data.traits, identity, dtype, skip_check=skip_check)
+    if settings.to_disk:
+        store = LatentsFiles(
+            data.items,
+            data.traits,
+            settings.identity,
+            settings.dtype,
+            skip_check=settings.skip_check,
+            names=settings.names,
+            compact=settings.compact,
+            posterior=settings.posterior,
+        )
     else:
-        store = LatentsMemory(data.items)
-    return _checked(LatentsCheck(store, "latents", 0), _share(store.entries, rank, world, to_disk), visible)
+        store = LatentsMemory(data.items, posterior=settings.posterior)
+    return _checked(LatentsCheck(store, "latents", 0), settings)
 
 
-def check_text(
-    data: TrainingData,
-    identity: str,
-    *,
-    dtype: str = "",
-    to_disk: bool = True,
-    skip_check: bool = False,
-    rank: int = 0,
-    world: int = 1,
-    visible: bool = True,
-) -> TextCheck:
+def check_text(data: TrainingData, settings: CacheSettings) -> TextCheck:
     """Which text outputs would have to be encoded by this process; opens every cache file unless told to skip that."""
     store: TextStore
-    if to_disk:
+    if settings.to_disk:
         suffix = data.traits.text_suffix
         if suffix is None:
             raise DataError(
@@ -148,25 +159,27 @@ def check_text(
                 "leave it out",
                 code="E-CACHE",
             )
-        store = TextFiles(data.items, suffix, identity, dtype, skip_check=skip_check)
+        store = TextFiles(
+            data.items,
+            suffix,
+            settings.identity,
+            settings.dtype,
+            skip_check=settings.skip_check,
+            names=settings.names,
+            variants=data.text_variants,
+            compact=settings.compact,
+        )
     else:
-        store = TextMemory(data.items)
-    return _checked(TextCheck(store, "text outputs", 0), _share(store.entries, rank, world, to_disk), visible)
+        store = TextMemory(data.items, variants=data.text_variants)
+    return _checked(TextCheck(store, "text outputs", 0), settings)
 
 
-def _share(entries: Sequence[EntryT], rank: int, world: int, to_disk: bool) -> list[EntryT]:
-    """The entries of one process: those of one file go to one process; in memory everybody needs all."""
-    if not to_disk or world == 1:
-        return list(entries)
-    numbers: dict[object, int] = {}
-    return [entry for entry in entries if numbers.setdefault(entry.paths[0], len(numbers)) % world == rank]
-
-
-def _checked(check: Check[StoreT, EntryT], mine: Sequence[EntryT], visible: bool) -> Check[StoreT, EntryT]:
+def _checked(check: Check[StoreT, EntryT], settings: CacheSettings) -> Check[StoreT, EntryT]:
+    mine = _share(check.store.entries, settings)
     check.total = len(mine)
     problem: Callable[[EntryT], str | None] = check.store.problem  # type: ignore[assignment]
     title = f"checking cached {check.kind}"
-    with ThreadPoolExecutor(THREADS) as pool, Progress(title, len(mine), "files", visible=visible) as bar:
+    with ThreadPoolExecutor(THREADS) as pool, Progress(title, len(mine), "files", visible=settings.visible) as bar:
         for entry, reason in zip(mine, pool.map(problem, mine), strict=True):
             bar.advance()
             if reason is not None:
@@ -174,57 +187,69 @@ def _checked(check: Check[StoreT, EntryT], mine: Sequence[EntryT], visible: bool
     return check
 
 
+def _share(entries: Sequence[EntryT], settings: CacheSettings) -> list[EntryT]:
+    """The entries of one process: those of one file go to one process; in memory everybody needs all."""
+    if not settings.to_disk or settings.world == 1:
+        return list(entries)
+    numbers: dict[object, int] = {}
+    mine = settings.rank
+    return [entry for entry in entries if numbers.setdefault(entry.paths[0], len(numbers)) % settings.world == mine]
+
+
 def fill_latents(
-    data: TrainingData,
-    encode: EncodeImages,
-    identity: str = "",
-    *,
-    dtype: str = "",
-    to_disk: bool = True,
-    batch_size: int = 1,
-    skip_check: bool = False,
-    rank: int = 0,
-    world: int = 1,
-    check: LatentsCheck | None = None,
-    visible: bool = True,
+    data: TrainingData, encode: EncodeImages, check: LatentsCheck, *, batch_size: int = 1, visible: bool = True
 ) -> Summary:
     """Encodes the latents that are missing or stale and makes `data` use the cache.
 
-    `check` is what `check_latents` gave, whose arguments then count; None: it is made here.
-    Processes share the work without waiting for one another; wait for all before training. What is encoded stays,
-    whatever happens afterwards. Errors: DataError naming all images that can't be decoded, or the one that gives NaN.
+    `check` is what `check_latents` gave. Processes share the work without waiting for one another; wait for all
+    before training. What is encoded stays, whatever happens afterwards. Errors: DataError naming all images that
+    can't be decoded, or the one that gives NaN.
     """
-    if check is None:
-        check = check_latents(
-            data,
-            identity,
-            dtype=dtype,
-            to_disk=to_disk,
-            skip_check=skip_check,
-            rank=rank,
-            world=world,
-            visible=visible,
-        )
     store = check.store
     stale = [store.entries[number] for number in check.stale]
     failures: list[DataError] = []
     title, summary = "caching latents", check.summary
     with _Writer() as writer, Progress(title, len(stale), "images", visible=visible) as bar:
-        for entries, pixels, seeds in _decoded(store, _batches(stale, batch_size), failures):
-            if entries:
-                latents = _finite(encode(pixels, seeds), entries)
-                mirrored = None
-                if entries[0].mirrored:
-                    mirrored = _finite(
-                        encode(pixels.flip(-1), [image_seed(entry.item, mirrored=True) for entry in entries]), entries
-                    )
-                for row, entry in enumerate(entries):
-                    writer.submit(store.save, entry, latents[row], None if mirrored is None else mirrored[row])
-            bar.advance(len(entries))
+        for batch in _decoded(_batches(stale, batch_size), failures):
+            if batch.entries:
+                for entry, encoded in zip(batch.entries, _encoded(encode, batch), strict=True):
+                    writer.submit(store.save, entry, encoded)
+            bar.advance(len(batch.entries))
     raise_all(failures)
     data.latents = store
     logger.info("%s", summary)
     return summary
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Entries of one size with what their images hold."""
+
+    entries: list[LatentsEntry]
+    pixels: Tensor
+    """(B, 3, H, W) in [-1, 1]"""
+    masks: list[Tensor | None]
+    """(H, W) in [0, 1]"""
+
+
+def _encoded(encode: EncodeImages, batch: _Batch) -> list[Encoded]:
+    """What is kept of the entries of a batch, on the CPU."""
+    straight = _finite(encode(batch.pixels), batch.entries)
+    turned = _finite(encode(batch.pixels.flip(-1)), batch.entries) if batch.entries[0].mirrored else None
+    return [
+        Encoded(
+            straight=_drawn(straight, row, image_seed(entry.item)),
+            mirrored=None if turned is None else _drawn(turned, row, image_seed(entry.item, mirrored=True)),
+            mask=mask,
+        )
+        for row, (entry, mask) in enumerate(zip(batch.entries, batch.masks, strict=True))
+    ]
+
+
+def _drawn(posterior: Posterior, row: int, seed: int) -> Drawn:
+    mean, deviation = posterior.mean[row : row + 1], posterior.deviation[row : row + 1]
+    sample = Posterior(mean, deviation).sample(Draws([seed]).posterior(mean.shape[1:]))
+    return Drawn(sample[0], mean[0], deviation[0])
 
 
 def _batches(entries: Iterable[LatentsEntry], batch_size: int) -> list[list[LatentsEntry]]:
@@ -240,37 +265,28 @@ def _batches(entries: Iterable[LatentsEntry], batch_size: int) -> list[list[Late
     ]
 
 
-def _decoded(
-    store: LatentsStore, batches: Iterable[list[LatentsEntry]], failures: list[DataError]
-) -> Iterator[tuple[list[LatentsEntry], Tensor, list[int]]]:
-    """Batches with pixels and seeds, decoded ahead by many threads; images that fail are left out and noted."""
-    waiting: deque[tuple[list[LatentsEntry], list[Future[tuple[Tensor, int]]]]] = deque()
+def _decoded(batches: Iterable[list[LatentsEntry]], failures: list[DataError]) -> Iterator[_Batch]:
+    """Batches with pixels and masks, decoded ahead by many threads; images that fail are left out and noted."""
+    waiting: deque[tuple[list[LatentsEntry], list[Future[Picture]]]] = deque()
     pool = ThreadPoolExecutor(THREADS)
 
-    def decode(entry: LatentsEntry) -> tuple[Tensor, int]:
-        item = entry.item
-        pixels = load_pixels(
-            item.path,
-            item.original,
-            item.assignment,
-            orientation=item.orientation,
-            interpolation=item.subset.resize_interpolation,
-        )
-        return to_tensor(pixels), image_seed(item)
+    def decode(entry: LatentsEntry) -> Picture:
+        return load_picture(entry.item, still(entry.item))
 
-    def collected() -> tuple[list[LatentsEntry], Tensor, list[int]]:
+    def collected() -> _Batch:
         entries, futures = waiting.popleft()
-        good, rows, seeds = [], [], []
+        good: list[LatentsEntry] = []
+        pictures: list[Picture] = []
         for entry, future in zip(entries, futures, strict=True):
             try:
-                pixels, seed = future.result()
+                pictures.append(future.result())
             except DataError as error:
                 failures.append(error)
             else:
                 good.append(entry)
-                rows.append(pixels)
-                seeds.append(seed)
-        return good, torch.stack(rows) if rows else torch.empty(0), seeds
+        rows = [to_tensor(picture.pixels) for picture in pictures]
+        masks = [None if picture.mask is None else torch.from_numpy(picture.mask) for picture in pictures]
+        return _Batch(good, torch.stack(rows) if rows else torch.empty(0), masks)
 
     try:
         for batch in batches:
@@ -283,14 +299,14 @@ def _decoded(
         pool.shutdown(cancel_futures=True)
 
 
-def _finite(latents: Tensor, entries: Sequence[LatentsEntry]) -> Tensor:
-    """The latents on the CPU. Errors: DataError when one isn't a number."""
-    latents = latents.detach().float().cpu()
-    for row, entry in zip(latents, entries, strict=True):
-        if not torch.isfinite(row).all():
+def _finite(posterior: Posterior, entries: Sequence[LatentsEntry]) -> Posterior:
+    """The posterior on the CPU. Errors: DataError when a number isn't one."""
+    mean, deviation = (tensor.detach().float().cpu() for tensor in posterior)
+    for row, entry in enumerate(entries):
+        if not (torch.isfinite(mean[row]).all() and torch.isfinite(deviation[row]).all()):
             hint = "give --no_half_vae, or use another autoencoder"
             raise DataError("the autoencoder gives NaN for an image", entry.item.path, hint, code="E-NAN")
-    return latents
+    return Posterior(mean, deviation)
 
 
 class _Writer:
@@ -317,50 +333,28 @@ class _Writer:
 
 
 def fill_text(
-    data: TrainingData,
-    encode: EncodeText,
-    identity: str = "",
-    *,
-    dtype: str = "",
-    to_disk: bool = True,
-    batch_size: int = 1,
-    skip_check: bool = False,
-    rank: int = 0,
-    world: int = 1,
-    check: TextCheck | None = None,
-    visible: bool = True,
+    data: TrainingData, encode: EncodeText, check: TextCheck, *, batch_size: int = 1, visible: bool = True
 ) -> Summary:
     """Encodes the captions whose outputs are missing or stale, each different one once, and makes `data` use the cache.
 
-    `check` is what `check_text` gave, whose arguments then count; None: it is made here.
-    Processes share the work without waiting for one another; wait for all before training. What is encoded stays,
-    whatever happens afterwards. Errors: DataError naming an image whose caption gives NaN.
+    `check` is what `check_text` gave. Processes share the work without waiting for one another; wait for all before
+    training. What is encoded stays, whatever happens afterwards. Errors: DataError naming an image whose caption
+    gives NaN.
     """
-    if check is None:
-        check = check_text(
-            data,
-            identity,
-            dtype=dtype,
-            to_disk=to_disk,
-            skip_check=skip_check,
-            rank=rank,
-            world=world,
-            visible=visible,
-        )
     store = check.store
-    by_caption: dict[str, list[TextEntry]] = {}
+    by_text: dict[str, list[TextEntry]] = {}
     for number in check.stale:
         entry = store.entries[number]
-        by_caption.setdefault(entry.caption, []).append(entry)
-    captions, summary = list(by_caption), check.summary
-    with _Writer() as writer, Progress("caching text outputs", len(captions), "captions", visible=visible) as bar:
-        for start in range(0, len(captions), batch_size):
-            chunk = captions[start : start + batch_size]
+        by_text.setdefault(entry.text, []).append(entry)
+    texts, summary = list(by_text), check.summary
+    with _Writer() as writer, Progress("caching text outputs", len(texts), "captions", visible=visible) as bar:
+        for start in range(0, len(texts), batch_size):
+            chunk = texts[start : start + batch_size]
             cond = {name: tensor.detach().cpu() for name, tensor in encode(chunk).items()}
-            for row, caption in enumerate(chunk):
+            for row, text in enumerate(chunk):
                 outputs = {name: tensor[row] for name, tensor in cond.items()}
-                _check_outputs(outputs, by_caption[caption][0])
-                for entry in by_caption[caption]:
+                _check_outputs(outputs, by_text[text][0])
+                for entry in by_text[text]:
                     writer.submit(store.save, entry, outputs)
             bar.advance(len(chunk))
     data.cond = store

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from library.data.captions import tag_counts
 from library.data.items import Item
-from library.data.loading import Loader, Tokenize
-from library.data.order import Epoch, Group, Lane, Order, Share
+from library.data.loading import Clock, Loader, Tokenize
+from library.data.order import Epoch, Group, Lane, Order, Share, shared_out
 from library.data.sources import Scan
 from library.types import Batch, Size, Traits
 
@@ -26,35 +26,60 @@ class TrainingData:
     and no text outputs.
     """
 
-    def __init__(self, scan: Scan, traits: Traits, seed: int) -> None:
+    def __init__(
+        self, scan: Scan, traits: Traits, seed: int, *, prior_loss_weight: float = 1.0, text_variants: int = 0
+    ) -> None:
         self.scan, self.config, self.traits, self.seed = scan, scan.config, traits, seed
+        self.prior_loss_weight, self.text_variants = prior_loss_weight, text_variants
+        self.total_steps = 0
+        """Length of the run in optimizer steps, once it is known: the token warm-up may be a share of it."""
         self.items: Sequence[Item] = scan.items
         self.latents: LatentsStore | None = None
         self.cond: TextStore | None = None
-        lanes: dict[tuple[int, Size], list[int]] = {}
-        for index, item in enumerate(self.items):
-            lanes.setdefault((item.dataset, item.assignment.bucket), []).extend([index] * item.repeats)
-        self._lanes = dict(sorted(lanes.items()))
-        self.order = Order(
-            [
-                Lane(tuple(entries), self.config.datasets[dataset].batch_size)
-                for (dataset, _), entries in self._lanes.items()
-            ],
-            seed,
-        )
+        self._lanes = _lanes(scan)
+        self.order = Order(list(self._lanes.values()), seed)
         self._loader: Loader | None = None
 
     # numbers
 
+    @cached_property
+    def regularization_images(self) -> int:
+        """Different regularization images, those included that don't come in every epoch."""
+        return sum(item.subset.is_reg for item in self.items)
+
     @property
     def images(self) -> int:
-        """Different images; one in several datasets counts for each."""
-        return len(self.items)
+        """Different training images; one in several datasets counts for each."""
+        return len(self.items) - self.regularization_images
 
     @cached_property
     def repeated(self) -> int:
-        """Samples of an epoch: images times repeats."""
-        return sum(item.repeats for item in self.items)
+        """Samples of an epoch: images times repeats, regularization images included."""
+        return sum(len(lane) for lane in self._lanes.values())
+
+    def samples(self, dataset: int, *, regularization: bool) -> int:
+        """Samples of an epoch from a dataset: of training images or of regularization images."""
+        total = sum(self.bucket_counts(dataset).values())
+        training = sum(item.repeats for item in self.items if item.dataset == dataset and not item.subset.is_reg)
+        return total - training if regularization else training
+
+    def regularization_line(self) -> str | None:
+        """How regularization images are used, for people."""
+        found = self.regularization_images
+        if not found:
+            return None
+        each = sum(self.samples(number, regularization=True) for number in range(len(self.config.datasets)))
+        turns = [-(-len(lane.taking_turns) // lane.turns) for lane in self._lanes.values() if lane.turns]
+        line = f"{found} regularization images found, {each} samples of them per epoch"
+        if turns:
+            line += f"; they take turns, all are seen within {max(turns)} epochs"
+        weight = "" if self.prior_loss_weight == 1 else f", their loss counts {self.prior_loss_weight:g} times"
+        return line + weight
+
+    @cached_property
+    def conditioned(self) -> bool:
+        """Whether samples come with conditioning images that aren't masks."""
+        return any(item.conditioning is not None and not item.subset.mask for item in self.items)
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -71,7 +96,7 @@ class TrainingData:
 
     def bucket_counts(self, dataset: int) -> dict[Size, int]:
         """Samples of an epoch in each bucket of a dataset, sorted by size."""
-        return {bucket: len(entries) for (number, bucket), entries in self._lanes.items() if number == dataset}
+        return {bucket: len(lane) for (number, bucket), lane in self._lanes.items() if number == dataset}
 
     def mean_aspect_error(self, dataset: int) -> float:
         """Mean distance of the aspect ratios of images and buckets; 0 when there are no images."""
@@ -83,7 +108,7 @@ class TrainingData:
         captions: dict[str, list[str]] = {}
         for item in self.items:
             if item.dataset == dataset:
-                captions.setdefault(item.subset.image_dir, []).append(item.caption)
+                captions.setdefault(item.subset.name, []).append(item.caption)
         counts: dict[str, dict[str, int]] = {}
         for folder, texts in captions.items():
             counts.setdefault(Path(folder).name, tag_counts(texts))
@@ -115,7 +140,35 @@ class TrainingData:
         if self._loader is None:
             self._loader = Loader(self, workers=workers, persistent=persistent)
         order = self.order.epoch(epoch, world, accumulation)
-        return self._loader.batches(_Shares(order, rank, start), tokenize)
+        begun = (epoch - 1) * self.steps_in_epoch(world, accumulation)
+        return self._loader.batches(_Shares(order, rank, start), Clock(begun, accumulation), tokenize)
+
+
+def _lanes(scan: Scan) -> dict[tuple[int, Size], Lane]:
+    """The entries of each bucket of each dataset, sorted; surplus regularization images take turns."""
+    always: dict[tuple[int, Size], list[int]] = {}
+    turns: dict[tuple[int, Size], list[int]] = {}
+    for index, item in enumerate(scan.items):
+        place = item.dataset, item.assignment.bucket
+        always.setdefault(place, [])
+        if item.subset.is_reg and item.dataset in scan.reg_slots:
+            turns.setdefault(place, []).append(index)
+        else:
+            always[place].extend([index] * item.repeats)
+    dealt: dict[tuple[int, Size], int] = {}
+    for dataset, slots in scan.reg_slots.items():
+        places = [place for place in turns if place[0] == dataset]
+        shares = shared_out(slots, [len(turns[place]) for place in places])
+        dealt |= dict(zip(places, shares, strict=True))
+    return {
+        place: Lane(
+            tuple(entries),
+            scan.config.datasets[place[0]].batch_size,
+            tuple(turns.get(place, ())),
+            dealt.get(place, 0),
+        )
+        for place, entries in sorted(always.items())
+    }
 
 
 class _Shares(Sequence[Share]):

@@ -33,7 +33,11 @@ class Document:
 
     def wrong(self, position: Position, what: str, hint: str = "") -> None:
         """Notes a mistake once."""
-        mistake = UserError(what, self.where(position), hint, code=CODE)
+        self.wrong_at(self.where(position), what, hint)
+
+    def wrong_at(self, where: str, what: str, hint: str = "") -> None:
+        """Notes a mistake of a value that isn't in the file, once."""
+        mistake = UserError(what, where, hint, code=CODE)
         if str(mistake) not in map(str, self.mistakes):
             self.mistakes.append(mistake)
 
@@ -55,6 +59,8 @@ def read(path: Path) -> Document:
     text = read_text(path)
     try:
         content = _parse_toml(text) if suffix == ".toml" else json.loads(text)
+    except RecursionError as error:
+        raise UserError("the dataset configuration is nested too deeply", str(path), code=CODE) from error
     except ValueError as error:
         place = re.search(r"line (\d+)", str(error))
         last = text.count("\n") + 1 if "end of document" in str(error) else None

@@ -14,9 +14,12 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".
 CODE = "E-DATA-FOLDER"
 
 
+_LEFTOVERS = frozenset({"__MACOSX", "Thumbs.db", "thumbs.db", "Desktop.ini", "desktop.ini"})
+
+
 def is_leftover(name: str) -> bool:
     """Whether a file or folder is litter of an operating system or an archive."""
-    return name.startswith(".") or name == "__MACOSX" or name.lower() in {"thumbs.db", "desktop.ini"}
+    return name[0] == "." or name in _LEFTOVERS
 
 
 @dataclass(frozen=True)
@@ -94,18 +97,20 @@ def missing_folder(directory: Path, where: str) -> Finding:
     return Finding(error=True, what=what, where=where, hint=hint, code=CODE)
 
 
-def no_images(directory: Path, where: str) -> Finding:
-    """A folder of images without images: says what is there instead."""
+def no_images(directory: Path, where: str, *, recursive: bool = False) -> Finding:
+    """A folder of images without images: says what is there instead; `recursive`: the folders inside have none, too."""
     found = listing(directory)
     suffixes = Counter(Path(name).suffix.lower() or "no extension" for name in found.others)
     if suffixes:
         seen = ", ".join(f"{count} x {suffix}" for suffix, count in suffixes.most_common(4))
         known = " ".join(sorted(IMAGE_SUFFIXES))
         what, hint = f"no images in {directory}, only {seen}", f"convert the pictures to one of {known}"
+    elif found.folders and recursive:
+        what, hint = f"no images in {directory}, nor in the folders inside ({_some(found.folders)})", ""
     elif found.folders:
         inner = [name for name in found.folders if listing(directory / name).images]
         what = f"no images in {directory}, only folders ({_some(found.folders)}), and those are not searched"
-        hint = f"give {directory / inner[0]}" if inner else ""
+        hint = f"give {directory / inner[0]}, or recursive = true" if inner else ""
     else:
         what, hint = f"the folder {directory} is empty", ""
     return Finding(error=False, what=what, where=where, hint=hint, code=CODE)

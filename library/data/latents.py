@@ -1,31 +1,69 @@
-"""Where latents are kept: in files beside the images, with a key of all that decides them, or in memory."""
+"""Where latents and masks are kept: in files with a key of all that decides them, or in memory."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from sys import intern
+from threading import Lock
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from library.data.arrays import DamagedCacheError, read_arrays, write_arrays
+from library.data import foreign_latents
+from library.data.arrays import KEY, Arrays, DamagedCacheError, write_arrays
+from library.data.cache_names import CacheNames
 from library.data.items import Item
-from library.files import sha256
-from library.log import DataError
-from library.randomness import mix
-from library.types import Traits
+from library.data.latents_format import NOT_CACHED, Shape, array_name, lack, needed_arrays, packed, unpacked
+from library.data.latents_keys import Keys, versions
+from library.data.masks import from_bytes, to_bytes
+from library.log import DataError, get_logger
+from library.randomness import Draws, mix
+from library.types import Posterior, Traits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 1
-KEY = "cache_key"
+logger = get_logger(__name__)
+
+KeyT = TypeVar("KeyT")
+
+FOREIGN = "made by another program"
+LEGACY_SUFFIXES = ("_sd.npz", "_sdxl.npz")
+"""Beside files of these kinds there may be older ones with nothing but the image's name."""
+_DISTRIBUTION = ("latents_mean", "latents_logvar")
+
+
+class Drawn(NamedTuple):
+    """An image's latents, and the distribution they were drawn from; each (C, h, w) float32."""
+
+    sample: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+
+class Encoded(NamedTuple):
+    """All that is kept of an image."""
+
+    straight: Drawn
+    mirrored: Drawn | None = None
+    """Of the mirrored image."""
+    mask: Tensor | None = None
+    """(H, W) in [0, 1]: of the image as it is."""
+
+
+class LoadedLatents(NamedTuple):
+    """What a sample gets."""
+
+    latents: Tensor
+    """(C, h, w) float32"""
+    mask: Tensor | None
+    """(H, W) float32 in [0, 1], mirrored with the image; None: the subset has no masks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +75,21 @@ class LatentsEntry:
     """One of those that use them."""
     mirrored: bool
     """Whether those of the mirrored image are needed, too."""
-    paths: tuple[Path, ...] = ()
-    """Where to look for them, best place first; they are written to the first."""
+    names: CacheNames = field(default_factory=CacheNames)
+    tail: str = ""
+    """End of the file's name."""
+    version: str = ""
+    """Tells several entries of one image apart; empty: it has only one."""
+    legacy: bool = False
+    """Whether older programs' files, named like the image alone, may be used."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Where to look for them, best place first; they are written to the first."""
+        if self.version:
+            return self.names.version(self.item, self.version, self.tail)
+        paths = self.names.usual(self.item, self.tail)
+        return (*paths, Path(self.item.stem + ".npz")) if self.legacy else paths
 
 
 class LatentsStore(Protocol):
@@ -51,232 +102,245 @@ class LatentsStore(Protocol):
     def problem(self, entry: LatentsEntry) -> str | None:
         """Why an entry has to be computed; None: it is there and right."""
 
-    def save(self, entry: LatentsEntry, latents: Tensor, mirrored: Tensor | None) -> None:
-        """Keeps the latents (C, h, w) of an entry."""
+    def save(self, entry: LatentsEntry, encoded: Encoded) -> None:
+        """Keeps an entry."""
 
-    def load(self, index: int, mirrored: bool) -> Tensor:
-        """The latents (C, h, w) of an item. Errors: DataError when they aren't there or aren't right."""
+    def load(self, index: int, mirrored: bool, seed: int) -> LoadedLatents:
+        """What is kept of an item; where distributions are kept, `seed` decides what is drawn.
 
-    def digest(self, entry: LatentsEntry) -> str:
-        """The hash of the content of the entry's image."""
-
-
-class _Digests:
-    """Hashes of image files, each computed once."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, str] = {}
-
-    def __call__(self, path: str) -> str:
-        if path not in self._known:
-            self._known[path] = sha256(path)
-        return self._known[path]
-
-
-def _geometry(item: Item) -> dict[str, Any]:
-    """What becomes of the image before it is encoded."""
-    given = item.assignment
-    return {
-        "bucket": list(given.bucket),
-        "resized": list(given.resized),
-        "crop": [given.left, given.top],
-        "orientation": item.orientation,
-        "interpolation": item.subset.resize_interpolation,
-    }
+        Errors: DataError when it isn't there or isn't right.
+        """
 
 
 class LatentsMemory:
     """See `LatentsStore`; nothing outlives the process."""
 
-    def __init__(self, items: Sequence[Item]) -> None:
-        groups: dict[tuple[str, str], list[int]] = defaultdict(list)
-        for index, item in enumerate(items):
-            groups[item.path, json.dumps(_geometry(item))].append(index)
-        self.entries, self._entry_of = _entries(items, [((), members) for members in groups.values()])
-        self._latents: dict[int, tuple[Tensor, Tensor | None]] = {}
-        self._digests = _Digests()
+    def __init__(self, items: Sequence[Item], *, posterior: bool = False) -> None:
+        self.posterior = posterior
+        keys = list(zip((item.path for item in items), versions(items), strict=True))
+        groups, self._entry_of = _grouped(items, keys)
+        self.entries = [LatentsEntry(number, *group[1:]) for number, group in enumerate(groups)]
+        self._kept: dict[int, tuple[dict[bool, tuple[Tensor, ...]], Tensor | None]] = {}
 
     def problem(self, entry: LatentsEntry) -> str | None:
         """Why an entry has to be computed; None: it is there."""
-        return None if entry.number in self._latents else "not cached yet"
+        return None if entry.number in self._kept else NOT_CACHED
 
-    def save(self, entry: LatentsEntry, latents: Tensor, mirrored: Tensor | None) -> None:
-        """Keeps the latents (C, h, w) of an entry."""
-        self._latents[entry.number] = (latents.clone(), None if mirrored is None else mirrored.clone())
+    def save(self, entry: LatentsEntry, encoded: Encoded) -> None:
+        """Keeps an entry."""
+        sides = {False: self._needed(encoded.straight)}
+        if encoded.mirrored is not None:
+            sides[True] = self._needed(encoded.mirrored)
+        self._kept[entry.number] = sides, None if encoded.mask is None else to_bytes(encoded.mask)
 
-    def load(self, index: int, mirrored: bool) -> Tensor:
-        """The latents (C, h, w) of an item."""
-        latents = self._latents[self._entry_of[index]][mirrored]
-        assert latents is not None
-        return latents
+    def _needed(self, drawn: Drawn) -> tuple[Tensor, ...]:
+        wanted = (drawn.mean, drawn.deviation) if self.posterior else (drawn.sample,)
+        return tuple(tensor.float().cpu().clone() for tensor in wanted)
 
-    def digest(self, entry: LatentsEntry) -> str:
-        """The hash of the content of the entry's image."""
-        return self._digests(entry.item.path)
+    def load(self, index: int, mirrored: bool, seed: int) -> LoadedLatents:
+        """What is kept of an item."""
+        sides, stored = self._kept[self._entry_of[index]]
+        tensors = sides[mirrored]
+        mask = None if stored is None else from_bytes(stored)
+        latents = _sampled(tensors[0], tensors[1], seed) if self.posterior else tensors[0]
+        return _loaded(latents, mask, mirrored)
 
 
 class LatentsFiles:
-    """See `LatentsStore`; `.npz` files beside the images.
+    """See `LatentsStore`; `.npz` files, which are right when their key agrees.
 
-    An entry is right when its key agrees: content of the image, bucket, resizing, crop, orientation, encoder,
-    precision. Files of other programs have no key; only `skip_check` trusts them. The hash of an image is computed
-    again only when its size or time has changed.
+    The key tells the content of image and mask, bucket, resizing, crop, orientation, background, encoder, precision.
+    Files of other programs have no key: they are used where all that can be seen fits, see `foreign_latents`, or
+    where `skip_check` says that they are right.
     """
 
     def __init__(
-        self, items: Sequence[Item], traits: Traits, identity: str, dtype: str = "", *, skip_check: bool = False
+        self,
+        items: Sequence[Item],
+        traits: Traits,
+        identity: str,
+        dtype: str = "",
+        *,
+        skip_check: bool = False,
+        names: CacheNames | None = None,
+        compact: bool = False,
+        posterior: bool = False,
     ) -> None:
-        self.traits, self.identity, self.dtype, self.skip_check = traits, identity, dtype, skip_check
-        self._digests = _Digests()
-        variants: dict[tuple[str, str], set[str]] = defaultdict(set)
-        for item in items:
-            variants[self._slot(item)].add(json.dumps(_geometry(item)))
-        groups: dict[tuple[tuple[Path, ...], str], list[int]] = defaultdict(list)
-        for index, item in enumerate(items):
-            paths = self._paths(item, alone=len(variants[self._slot(item)]) == 1)
-            groups[paths, self._suffix(item)].append(index)
-        self.entries, self._entry_of = _entries(items, [(key[0], members) for key, members in groups.items()])
+        self.traits, self.skip_check, self.compact, self.posterior = traits, skip_check, compact, posterior
+        self._names, self._keys, self._noticed = names or CacheNames(), Keys(identity, dtype), _Noticed()
+        slots = [(self._names.base(item), self._suffix(item)) for item in items]
+        groups, self._entry_of = _grouped(items, list(zip(slots, versions(items), strict=True)))
+        counts = Counter(slot for (slot, _), _, _ in groups)
+        self.entries = [
+            self._entry(number, item, mirrored, version if counts[slot] > 1 else "")
+            for number, ((slot, version), item, mirrored) in enumerate(groups)
+        ]
 
-    def _slot(self, item: Item) -> tuple[str, str]:
-        """File and array name that an item would use by itself; several variants of an image must not share one."""
-        return base_name(item), self._suffix(item)
+    def _entry(self, number: int, item: Item, mirrored: bool, version: str) -> LatentsEntry:
+        suffix = self.traits.latents_suffix
+        tail = intern(f"_{item.original.width:04d}x{item.original.height:04d}{suffix}")
+        legacy = self.skip_check and suffix in LEGACY_SUFFIXES
+        return LatentsEntry(number, item, mirrored, self._names, tail, version, legacy)
 
     def _suffix(self, item: Item) -> str:
         """End of the names of the arrays, latent height first."""
         if not self.traits.latents_keys_carry_size:
             return ""
-        height, width = self._latent_size(item)
+        _, height, width = self._shape(item)
         return f"_{height}x{width}"
 
-    def _latent_size(self, item: Item) -> tuple[int, int]:
+    def _shape(self, item: Item) -> tuple[int, int, int]:
         bucket, stride = item.assignment.bucket, self.traits.latent_stride
-        return bucket.height // stride, bucket.width // stride
-
-    def _paths(self, item: Item, *, alone: bool) -> tuple[Path, ...]:
-        tail = f"_{item.original.width:04d}x{item.original.height:04d}{self.traits.latents_suffix}"
-        if not alone:
-            digest = hashlib.sha256(json.dumps(_geometry(item)).encode()).hexdigest()[:8]
-            return (Path(f"{item.path}_{digest}{tail}"),)
-        plain, named = Path(stem_of(item.path) + tail), Path(item.path + tail)
-        return (named, plain) if item.shares_stem else (plain, named)
+        return self.traits.latent_channels, bucket.height // stride, bucket.width // stride
 
     def problem(self, entry: LatentsEntry) -> str | None:
         """Why an entry has to be computed; None: it is there and right, checksums included."""
-        problems = []
-        for path in entry.paths:
-            if self.skip_check:
-                problem = None if path.exists() else "not cached yet"
-            else:
-                problem = self._problem_of_file(path, entry.item, entry.mirrored)
-            if problem is None:
-                return None
-            problems.append(problem)
-        return next((problem for problem in problems if problem != "not cached yet"), "not cached yet")
+        if self.skip_check:
+            return None if any(path.exists() for path in entry.paths) else NOT_CACHED
+        needed = self._needed(entry.item, (False, True) if entry.mirrored else (False,), sample=True)
+        problems = [self._read(path, entry.item, needed)[1] for path in entry.paths]
+        if None in problems:
+            return None
+        return next((problem for problem in problems if problem != NOT_CACHED), NOT_CACHED)
 
-    def _problem_of_file(self, path: Path, item: Item, mirrored: bool) -> str | None:
-        suffix = self._suffix(item)
-        wanted = {f"latents{suffix}", f"latents_flipped{suffix}", f"{KEY}{suffix}"}
+    def _needed(self, item: Item, sides: Sequence[bool], *, sample: bool) -> dict[str, Shape]:
+        kinds = ("latents",) if sample or not self.posterior else ()
+        bucket = item.assignment.bucket
+        mask = (bucket.height, bucket.width) if item.subset.mask else None
+        return needed_arrays((*kinds, *(_DISTRIBUTION if self.posterior else ())), sides, self._shape(item), mask)
+
+    def _read(self, path: Path, item: Item, needed: dict[str, Shape]) -> tuple[Arrays, str | None]:
+        """The needed arrays of a file, and why they can't be used."""
         try:
-            arrays = read_arrays(path, wanted.__contains__)
+            arrays, narrow = unpacked(path, self._suffix(item), {*needed, KEY})
+            if KEY not in arrays and not self.skip_check:
+                return arrays, self._problem_of_foreign(path, item, needed)
         except FileNotFoundError:
-            return "not cached yet"
+            return {}, NOT_CACHED
         except DamagedCacheError:
-            return "damaged file"
-        if f"latents{suffix}" not in arrays:
-            return "not cached yet"
-        shape = (self.traits.latent_channels, *self._latent_size(item))
-        if any(arrays[name].shape != shape for name in arrays if name.startswith("latents")):
-            return "other size"
-        problem = self._problem_of_key(arrays.get(f"{KEY}{suffix}"), item)
-        return problem or ("no mirrored latents" if mirrored and f"latents_flipped{suffix}" not in arrays else None)
+            self._noticed.damaged(path)
+            return {}, "damaged file"
+        problem = None if self.skip_check else self._keys.problem(arrays[KEY], item)
+        if problem == "damaged file":
+            self._noticed.damaged(path)
+        if problem is None and narrow and not (self.compact or self.skip_check):
+            problem = "stored compactly"
+        return arrays, problem or lack(arrays, needed)
 
-    def _problem_of_key(self, stored: Any, item: Item) -> str | None:
-        if stored is None:
-            return "made by another program"
-        try:
-            key = json.loads(str(stored))
-            for name, value in self._expected(item).items():
-                if key.get(name) != value:
-                    return "other encoder" if name in ("encoder", "dtype") else "other resizing or crop"
-            unchanged = (key["bytes"], key["mtime_ns"]) == (item.file_bytes, item.mtime_ns)
-            return None if unchanged or key["image"] == self._digests(item.path) else "image changed"
-        except (ValueError, KeyError, AttributeError):
-            return "damaged file"
+    def _problem_of_foreign(self, path: Path, item: Item, needed: dict[str, Shape]) -> str | None:
+        """Why a file without a key can't be used."""
+        names = {"latents", "latents_flipped", "alpha_mask", "original_size", "crop_ltrb"}
+        arrays, _ = unpacked(path, self._suffix(item), names)
+        if "latents" not in arrays:
+            return NOT_CACHED
+        mirrored = any(name.endswith("_flipped") for name in needed)
+        written = path.stat().st_mtime_ns
+        if self.posterior or not foreign_latents.fits(arrays, item, written, self._shape(item), mirrored=mirrored):
+            return FOREIGN
+        self._noticed.foreign(path)
+        return None
 
-    def _expected(self, item: Item) -> dict[str, Any]:
-        return {"version": FORMAT_VERSION, "encoder": self.identity, "dtype": self.dtype, **_geometry(item)}
-
-    def save(self, entry: LatentsEntry, latents: Tensor, mirrored: Tensor | None) -> None:
-        """Writes the latents (C, h, w) of an entry; other resolutions in the file stay. Errors: ResourceError."""
-        item = entry.item
-        given, suffix = item.assignment, self._suffix(item)
-        key = {
-            **self._expected(item),
-            "image": self._digests(item.path),
-            "bytes": item.file_bytes,
-            "mtime_ns": item.mtime_ns,
-        }
+    def save(self, entry: LatentsEntry, encoded: Encoded) -> None:
+        """Writes an entry; other resolutions in the file stay. Errors: ResourceError."""
+        item, suffix = entry.item, self._suffix(entry.item)
+        given = item.assignment
         crop = (given.left, given.top, given.left + given.bucket.width, given.top + given.bucket.height)
-        arrays = {
-            f"latents{suffix}": latents.float().cpu().numpy(),
-            f"original_size{suffix}": np.array(item.original, dtype=np.int64),
-            f"crop_ltrb{suffix}": np.array(crop, dtype=np.float64),
-            f"{KEY}{suffix}": np.array(json.dumps(key)),
-        }
-        if mirrored is not None:
-            arrays[f"latents_flipped{suffix}"] = mirrored.float().cpu().numpy()
+        arrays = self._arrays(encoded)
+        if self.compact:
+            arrays = packed(arrays)
+        arrays["original_size"] = np.array(item.original, dtype=np.int64)
+        arrays["crop_ltrb"] = np.array(crop, dtype=np.float64)
+        arrays[KEY] = np.array(self._keys.of(item))
+        named = {name + suffix: array for name, array in arrays.items()}
         keep = (lambda name: not name.endswith(suffix)) if suffix else None
-        write_arrays(entry.paths[0], arrays, keep)
+        write_arrays(entry.paths[0], named, keep, compressed=self.compact)
 
-    def load(self, index: int, mirrored: bool) -> Tensor:
-        """The latents (C, h, w) of an item, float32. Errors: DataError when they aren't there or aren't right."""
-        entry = self.entries[self._entry_of[index]]
-        suffix = self._suffix(entry.item)
-        name = f"latents_flipped{suffix}" if mirrored else f"latents{suffix}"
-        for path in entry.paths:
-            try:
-                arrays = read_arrays(path, {name, f"{KEY}{suffix}"}.__contains__)
-            except (FileNotFoundError, DamagedCacheError):
+    def _arrays(self, encoded: Encoded) -> Arrays:
+        parts: dict[str, Tensor] = {} if encoded.mask is None else {"alpha_mask": encoded.mask}
+        for mirrored, drawn in ((False, encoded.straight), (True, encoded.mirrored)):
+            if drawn is None:
                 continue
-            trusted = self.skip_check or self._problem_of_key(arrays.get(f"{KEY}{suffix}"), entry.item) is None
-            if name in arrays and trusted:
-                return torch.from_numpy(arrays[name].astype(np.float32, copy=False))
+            parts[array_name("latents", mirrored)] = drawn.sample
+            if self.posterior:
+                parts[array_name("latents_mean", mirrored)] = drawn.mean
+                parts[array_name("latents_logvar", mirrored)] = 2 * drawn.deviation.float().log()
+        return {name: part.float().cpu().numpy() for name, part in parts.items()}
+
+    def load(self, index: int, mirrored: bool, seed: int) -> LoadedLatents:
+        """What is kept of an item. Errors: DataError when it isn't there or isn't right."""
+        entry = self.entries[self._entry_of[index]]
+        needed = self._needed(entry.item, (mirrored,), sample=False)
+        for path in entry.paths:
+            arrays, problem = self._read(path, entry.item, needed)
+            if problem is None:
+                found = {name: torch.from_numpy(arrays[name].astype(np.float32, copy=False)) for name in needed}
+                return _loaded(self._drawn(found, mirrored, seed), found.get("alpha_mask"), mirrored)
         hint = "leave --skip_cache_check out" if self.skip_check else "start again: it will be encoded anew"
         what = "cached latents are missing, damaged or of other settings"
         raise DataError(what, str(entry.paths[0]), hint, code="E-CACHE")
 
-    def digest(self, entry: LatentsEntry) -> str:
-        """The hash of the content of the entry's image."""
-        return self._digests(entry.item.path)
+    def _drawn(self, found: dict[str, Tensor], mirrored: bool, seed: int) -> Tensor:
+        if not self.posterior:
+            return found[array_name("latents", mirrored)]
+        deviation = found[array_name("latents_logvar", mirrored)].mul(0.5).exp()
+        return _sampled(found[array_name("latents_mean", mirrored)], deviation, seed)
 
     def bytes_needed(self, entry: LatentsEntry) -> int:
         """Room on the disk for an entry."""
-        height, width = self._latent_size(entry.item)
-        return self.traits.latent_channels * height * width * 4 * (2 if entry.mirrored else 1) + 2048
+        channels, height, width = self._shape(entry.item)
+        numbers = channels * height * width * (2 if entry.mirrored else 1) * (3 if self.posterior else 1)
+        pixels = entry.item.assignment.bucket.area if entry.item.subset.mask else 0
+        return numbers * (2 if self.compact else 4) + pixels * (1 if self.compact else 4) + 2048
+
+
+class _Noticed:
+    """Says once what holds for many files."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+        self._lock = Lock()
+
+    def damaged(self, path: Path) -> None:
+        """A file that can't be read."""
+        self._say("damaged cache files are encoded anew; the first of them: %s", path)
+
+    def foreign(self, path: Path) -> None:
+        """A file of another program that is used."""
+        what = "cached latents of another program are used, since their size, crop and age fit; with which autoencoder "
+        self._say(what + "they were made can't be seen; the first of them: %s", path)
+
+    def _say(self, text: str, path: Path) -> None:
+        with self._lock:
+            if text not in self._said:
+                self._said.add(text)
+                logger.warning(text, path)
 
 
 def image_seed(item: Item, mirrored: bool = False) -> int:
     """Decides the autoencoder's sample for an image: the same whenever and in whatever order images are encoded."""
-    return mix(int(hashlib.sha256(Path(item.path).name.encode()).hexdigest()[:16], 16), int(mirrored))
+    return mix(int(hashlib.sha256(os.path.basename(item.path).encode()).hexdigest()[:16], 16), int(mirrored))  # noqa: PTH119
 
 
-def _entries(
-    items: Sequence[Item], groups: Sequence[tuple[tuple[Path, ...], list[int]]]
-) -> tuple[list[LatentsEntry], list[int]]:
-    """The entries for groups of items, and the entry of each item."""
-    entries, entry_of = [], [0] * len(items)
-    for number, (paths, members) in enumerate(groups):
-        mirrored = any(items[index].subset.flip_aug for index in members)
-        entries.append(LatentsEntry(number, items[members[0]], mirrored, paths))
-        for index in members:
-            entry_of[index] = number
-    return entries, entry_of
+def _grouped(items: Sequence[Item], keys: Sequence[KeyT]) -> tuple[list[tuple[KeyT, Item, bool]], list[int]]:
+    """Each different key, its first item, whether mirrored latents are wanted; and the place of each item's key."""
+    places: dict[KeyT, int] = {}
+    first: list[Item] = []
+    mirrored: list[bool] = []
+    place_of: list[int] = []
+    for item, key in zip(items, keys, strict=True):
+        place = places.setdefault(key, len(first))
+        if place == len(first):
+            first.append(item)
+            mirrored.append(False)
+        mirrored[place] |= item.subset.flip_aug
+        place_of.append(place)
+    return list(zip(places, first, mirrored, strict=True)), place_of
 
 
-def base_name(item: Item) -> str:
-    """Begin of the name of an item's cache files."""
-    return item.path if item.shares_stem else stem_of(item.path)
+def _sampled(mean: Tensor, deviation: Tensor, seed: int) -> Tensor:
+    noise = Draws([seed]).posterior(mean.shape)
+    return Posterior(mean[None], deviation[None]).sample(noise)[0]
 
 
-def stem_of(path: str) -> str:
-    return os.path.splitext(path)[0]  # noqa: PTH122 - many items
+def _loaded(latents: Tensor, mask: Tensor | None, mirrored: bool) -> LoadedLatents:
+    return LoadedLatents(latents, mask.flip(-1) if mirrored and mask is not None else mask)

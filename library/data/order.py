@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from itertools import accumulate
 from typing import overload
 
@@ -19,11 +20,28 @@ class Lane:
 
     entries: tuple[int, ...]
     batch_size: int
+    taking_turns: tuple[int, ...] = ()
+    """Further entries, of which each epoch has `turns`: the next ones each time."""
+    turns: int = 0
+
+    def __len__(self) -> int:
+        return len(self.entries) + self.turns
 
     @property
     def batches(self) -> int:
         """Batches of an epoch."""
-        return -(-len(self.entries) // self.batch_size)
+        return -(-len(self) // self.batch_size)
+
+    def places(self) -> list[int]:
+        """What is shuffled: entries, and negative numbers for those that take turns."""
+        return [*self.entries, *(-1 - turn for turn in range(self.turns))]
+
+    def filled(self, places: Sequence[int], epoch: int) -> tuple[int, ...]:
+        """The entries of an epoch."""
+        if not self.turns:
+            return tuple(places)
+        first, waiting = max(epoch - 1, 0) * self.turns, self.taking_turns
+        return tuple(waiting[(first - 1 - place) % len(waiting)] if place < 0 else place for place in places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +140,7 @@ class Order:
 
     def groups(self, world: int) -> int:
         """Micro-steps of an epoch."""
-        return -(-self.batches // world)
+        return sum(-(-len(lane) // (lane.batch_size * world)) for lane in self.lanes)
 
     def steps(self, world: int, accumulation: int) -> int:
         """Optimizer steps of an epoch."""
@@ -135,14 +153,15 @@ class Order:
             state = self._states[world] = _State(self.lanes, world)
         while state.epoch < number:
             state.advance(self.seed)
-        return Epoch(number, [tuple(entries) for entries in state.lists], tuple(state.groups), world, accumulation)
+        lists = [lane.filled(places, number) for lane, places in zip(self.lanes, state.lists, strict=True)]
+        return Epoch(number, lists, tuple(state.groups), world, accumulation)
 
 
 class _State:
     """Lists that are shuffled in place, epoch after epoch."""
 
     def __init__(self, lanes: Sequence[Lane], world: int) -> None:
-        self.lists = [list(lane.entries) for lane in lanes]
+        self.lists = [lane.places() for lane in lanes]
         self.groups = _grouped(lanes, world)
         self.epoch = -1
         self.advance(0)
@@ -157,14 +176,29 @@ class _State:
 
 
 def _grouped(lanes: Sequence[Lane], world: int) -> list[tuple[Part, ...]]:
-    """Micro-steps of `world` batches each: of one lane where possible, the rest of all lanes together at the end."""
+    """Micro-steps of up to `world` batches of one lane: what one process with batches that much larger would do."""
     groups: list[tuple[Part, ...]] = []
-    rest: list[Part] = []
     for number, lane in enumerate(lanes):
-        count, size = len(lane.entries), lane.batch_size
-        parts = [Part(number, start, min(start + size, count)) for start in range(0, count, size)]
-        full = len(parts) // world * world
-        groups += [tuple(parts[start : start + world]) for start in range(0, full, world)]
-        rest += parts[full:]
-    groups += [tuple(rest[start : start + world]) for start in range(0, len(rest), world)]
+        count, size = len(lane), lane.batch_size
+        for first in range(0, count, size * world):
+            starts = range(first, min(first + size * world, count), size)
+            groups.append(tuple(Part(number, start, min(start + size, count)) for start in starts))
     return groups
+
+
+def shared_out(slots: int, counts: Sequence[int]) -> list[int]:
+    """`slots` turns dealt to groups so that the longest time until all of a group had its turn is as short as possible.
+
+    A group gets one at least and its count at most.
+    """
+    dealt = [1] * len(counts)
+    waiting = [(float(-count), index) for index, count in enumerate(counts) if count > 1]
+    heapify(waiting)
+    for _ in range(slots - len(counts)):
+        if not waiting:
+            break
+        _, index = heappop(waiting)
+        dealt[index] += 1
+        if dealt[index] < counts[index]:
+            heappush(waiting, (-counts[index] / dealt[index], index))
+    return dealt

@@ -26,7 +26,13 @@ def line_of(path: Path, lines: Mapping[Path, int]) -> int | None:
 
 def spelled(path: Path) -> str:
     """A path as users read it: `datasets[0].subsets[2].num_repeats`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{shown(part)}" for part in path).lstrip(".")
+
+
+def shown(name: str) -> str:
+    """A key of any kind on one short line."""
+    text = name if name.isprintable() and name else json.dumps(name)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def toml_lines(text: str) -> dict[Path, int]:

@@ -10,13 +10,17 @@ from typing import Literal
 from library.types import Finding, Size
 
 NO_ATTRIBUTES: Mapping[str, object] = MappingProxyType({})
+NO_RESOLUTION = Size(0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetSettings:
-    """One folder of images."""
+    """One folder of images, or one metadata file."""
 
     image_dir: str
+    """Empty where the keys of a metadata file are paths."""
+    recursive: bool = False
+    """Whether images in folders inside count, too."""
     num_repeats: int = 1
     class_tokens: str | None = None
     caption_extension: str = ".caption"
@@ -52,12 +56,18 @@ class SubsetSettings:
     caption_dropout_every_n_epochs: int = 0
     caption_tag_dropout_rate: float = 0.0
 
+    @property
+    def name(self) -> str:
+        """The image folder, or the metadata file where there is none."""
+        return self.image_dir or self.metadata_file or ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSettings:
     """Subsets that share resolution and batch size."""
 
     resolution: Size
+    """`NO_RESOLUTION` until the metadata files have told their sizes."""
     batch_size: int = 1
     enable_bucket: bool = False
     min_bucket_reso: int = 256

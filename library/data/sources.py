@@ -2,94 +2,35 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from library.data import buckets, captions, folders
-from library.data.images import DamagedImageError, Header, read_header
+from library.data import buckets, captions
+from library.data.buckets import Assignment
+from library.data.cache_info import CacheInfo
+from library.data.directories import Directory, Facts, Shelf, splitext
 from library.data.items import Item
-from library.data.progress import Progress
-from library.data.settings import DatasetConfig, DatasetSettings, SubsetSettings
-from library.files import read_text
-from library.types import Finding, Traits
+from library.data.regularization import balanced
+from library.data.scan_cache import ScanCache
+from library.data.scan_findings import (
+    caption_findings,
+    claim_findings,
+    damage_findings,
+    gone_findings,
+    size_findings,
+    text_findings,
+    transparency_findings,
+)
+from library.data.scan_report import Scan, SubsetReport, condensed, some
+from library.data.searching import Candidate, Finder, Search, face
+from library.data.settings import NO_RESOLUTION, DatasetConfig, DatasetSettings, SubsetSettings
+from library.types import Finding, Size, Traits
 
-THREADS = min(16, 2 * (os.cpu_count() or 1))
-LARGEST_CROP_LOSS = 0.3
-LARGEST_ENLARGEMENT = 2.0
-
-
-@dataclass
-class SubsetReport:
-    """What was found for one subset."""
-
-    settings: SubsetSettings
-    dataset: int
-    images: int = 0
-    captioned: int = 0
-    from_class_tokens: int = 0
-    empty: int = 0
-    """Caption files without text in their first line."""
-    missing: int = 0
-    """Images with neither a caption file nor class tokens."""
-    multi_line: int = 0
-    """Caption files of which only the first of several lines is used."""
-    samples: list[str] = field(default_factory=list)
-    without_file: list[str] = field(default_factory=list)
-    """Images that have no caption file."""
-
-    def line(self) -> str:
-        """One row for people."""
-        parts = [f"{self.captioned}/{self.images} captioned"]
-        for count, meaning in (
-            (self.from_class_tokens, "from class tokens"),
-            (self.empty, "empty"),
-            (self.missing, "missing"),
-            (self.multi_line, "of several lines, only the first is used"),
-        ):
-            if count:
-                parts.append(f"{count} {meaning}")
-        return f"{self.settings.image_dir}: {self.images} images x {self.settings.num_repeats}; " + ", ".join(parts)
-
-
-@dataclass
-class Scan:
-    """All usable images, and everything that was noticed."""
-
-    config: DatasetConfig
-    items: list[Item] = field(default_factory=list)
-    reports: list[SubsetReport] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    """Damaged images that are left out."""
-    rotated: int = 0
-    transparent: int = 0
-
-    def lines(self) -> list[str]:
-        """The subsets and three captions of each, for people."""
-        lines = []
-        for report in self.reports:
-            lines.append(report.line())
-            lines += [f"  caption: {sample}" for sample in report.samples]
-        return lines
-
-
-@dataclass
-class _Folder:
-    """The files of a folder that several subsets may use."""
-
-    path: Path
-    content: folders.Listing
-    headers: dict[str, Header | str] = field(default_factory=dict)
-    """By image name; a text says what is wrong with the file."""
-
-    def __post_init__(self) -> None:
-        self.names = {os.path.normcase(name): name for name in (*self.content.images, *self.content.others)}
-        self.stems = Counter(os.path.normcase(_stem(name)) for name in self.content.images)
+__all__ = ["Scan", "SubsetReport", "scan"]
 
 
 def scan(
@@ -99,37 +40,128 @@ def scan(
     skip_bad_images: bool = False,
     ignore_exif_orientation: bool = False,
     allow_missing_captions: bool = False,
+    strict: bool = False,
+    scan_cache: Path | None = None,
+    use_gone: bool = False,
     visible: bool = True,
 ) -> Scan:
-    """The items of a configuration; damaged files, missing captions and all else that is wrong are findings."""
+    """The items of a configuration; damaged files, missing captions and all else that is wrong are findings.
+
+    Args:
+        config: from `library.data.config.load`.
+        traits: of the model family.
+        skip_bad_images: leave out damaged images, and images without conditioning image or file, with a warning.
+        ignore_exif_orientation: take images as they are stored.
+        allow_missing_captions: warn where captions seem to have another extension.
+        strict: warnings become errors.
+        scan_cache: file in which headers and captions are remembered.
+        use_gone: whether cached latents may stand for images that aren't there any more.
+        visible: show the progress.
+    """
+    cache = ScanCache(scan_cache, ignore_orientation=ignore_exif_orientation, thorough=skip_bad_images)
+    shelf = Shelf(cache, ignore_orientation=ignore_exif_orientation, thorough=skip_bad_images)
+    finder = Finder(shelf, traits.latents_suffix if use_gone else None, skip_bad_images)
     result = Scan(config, findings=list(config.findings))
-    for settings in config.datasets:
-        result.findings += _step_findings(settings, traits)
-    known: dict[str, _Folder] = {}
-    used = [
-        (index, subset, folder)
-        for index, settings in enumerate(config.datasets)
-        for subset, folder in _usable(settings, known, result.findings)
-    ]
-    _read_headers(
-        {str(folder.path): folder for _, _, folder in used}.values(),
-        partial(read_header, ignore_orientation=ignore_exif_orientation, thorough=skip_bad_images),
-        visible,
-    )
-    with ThreadPoolExecutor(THREADS) as pool:
-        for index, subset, folder in used:
-            texts = dict(
-                pool.map(lambda name, of=folder, by=subset: (name, _caption_text(of, name, by)), folder.content.images)
-            )
-            _add_subset(result, index, subset, folder, texts, allow_missing_captions)
-    _report_damage(result, (folder for _, _, folder in used), skip_bad_images)
-    _report_sizes(result)
+    with _garbage_left_alone():
+        searches = [
+            finder.search(subset, index)
+            for index, settings in enumerate(config.datasets)
+            for subset in _usable(settings, result)
+        ]
+        for search in searches:
+            result.findings += search.findings
+        result.config = replace(config, datasets=tuple(_with_sizes(result, searches, traits)))
+        _want(shelf, searches, ignore_exif_orientation)
+        shelf.read(visible=visible)
+        damaged: dict[str, str] = {}
+        makers = [_Maker(settings) for settings in result.config.datasets]
+        for search in searches:
+            _add(result, search, makers[search.dataset], damaged, allow_missing_captions)
+        for index in range(len(config.datasets)):
+            _balance(result, index)
+        result.opened = shelf.opened
+        result.findings += damage_findings(result, damaged, skip_bad_images)
+        result.findings += [*text_findings(shelf), *size_findings(result), *transparency_findings(result)]
+        result.findings += gone_findings(result)
     if not result.items and not any(finding.error for finding in result.findings):
-        what = "there are no images to train on"
+        where = config.source or "--train_data_dir"
         result.findings.append(
-            Finding(error=True, what=what, where=config.source or "--train_data_dir", code="E-DATA-NONE")
+            Finding(error=True, what="there are no images to train on", where=where, code="E-DATA-NONE")
         )
+    result.findings = condensed(result.findings, strict=strict)
     return result
+
+
+@contextmanager
+def _garbage_left_alone() -> Iterator[None]:
+    """Spares the search for garbage among very many new objects, none of which is garbage yet."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+# what is looked for
+
+
+def _usable(settings: DatasetSettings, result: Scan) -> Iterator[SubsetSettings]:
+    """The subsets of a dataset that count."""
+    seen: set[tuple[str, ...]] = set()
+    for subset in settings.subsets:
+        parts = (subset.metadata_file,) if subset.metadata_file else (subset.image_dir, subset.conditioning_data_dir)
+        place = tuple(os.path.normcase(Path(part).absolute()) for part in parts if part)
+        if subset.num_repeats < 1:
+            what = f"{subset.name} is ignored: num_repeats is {subset.num_repeats}"
+        elif place in seen:
+            what = f"{subset.metadata_file or subset.name} is ignored: the dataset has it already"
+        else:
+            seen.add(place)
+            yield subset
+            continue
+        result.findings.append(Finding(error=False, what=what, where=subset.where, code="E-DATA-SUBSET"))
+
+
+def _with_sizes(result: Scan, searches: Sequence[Search], traits: Traits) -> Iterator[DatasetSettings]:
+    """The datasets, with the sizes that the entries of their metadata files ask for."""
+    for index, settings in enumerate(result.config.datasets):
+        own = [search for search in searches if search.dataset == index and search.subset.metadata_file]
+        sizes = {candidate.bucket for search in own for candidate in search.candidates if candidate.bucket}
+        if sizes and all(search.has_sizes for search in own):
+            result.findings += _fixed_size_findings(settings, sizes, traits)
+            resolution = settings.resolution
+            if resolution == NO_RESOLUTION:
+                resolution = max(sizes, key=lambda size: (size.area, size))
+            settings = replace(settings, resolution=resolution, enable_bucket=True)
+        else:
+            for candidate in (candidate for search in own for candidate in search.candidates):
+                candidate.bucket = None
+            if settings.resolution == NO_RESOLUTION:
+                what = "no resolution given, and not every entry of the metadata files has a train_resolution"
+                hint = "give --resolution, or resolution = 1024 in the file"
+                result.findings.append(
+                    Finding(error=True, what=what, where=settings.where, hint=hint, code="E-DATASET-CONFIG")
+                )
+                settings = replace(settings, resolution=Size(traits.bucket_step, traits.bucket_step))
+            else:
+                result.findings += _step_findings(settings, traits)
+        yield settings
+
+
+def _fixed_size_findings(settings: DatasetSettings, sizes: set[Size], traits: Traits) -> Iterator[Finding]:
+    """Sizes in metadata files that can't be trained at."""
+    if settings.bucket_no_upscale:
+        what = "bucket_no_upscale can't be used: the metadata files say train_resolution for every image"
+        hint = "leave bucket_no_upscale out, or remove train_resolution"
+        yield Finding(error=True, what=what, where=settings.where, hint=hint, code="E-DATASET-CONFIG")
+    step = traits.bucket_step
+    bad = sorted(size for size in sizes if size.width % step or size.height % step)
+    if bad:
+        what = f"train_resolution isn't a multiple of {step}, which {traits.name} needs: {some(list(map(str, bad)))}"
+        hint = "prepare the buckets anew, or remove train_resolution"
+        yield Finding(error=True, what=what, where=settings.where, hint=hint, code="E-BUCKET-STEP")
 
 
 def _step_findings(settings: DatasetSettings, traits: Traits) -> Iterator[Finding]:
@@ -145,184 +177,166 @@ def _step_findings(settings: DatasetSettings, traits: Traits) -> Iterator[Findin
         yield Finding(error=True, what=what, where=settings.where, hint=hint, code="E-BUCKET-STEP")
 
 
-def _usable(
-    settings: DatasetSettings, known: dict[str, _Folder], findings: list[Finding]
-) -> Iterator[tuple[SubsetSettings, _Folder]]:
-    """The subsets of a dataset that have images, with their folders."""
-    seen: set[str] = set()
-    for subset in settings.subsets:
-        name = os.path.normcase(Path(subset.image_dir).absolute())
-        directory = Path(subset.image_dir)
-        if subset.num_repeats < 1:
-            what = f"{directory} is ignored: num_repeats is {subset.num_repeats}"
-            findings.append(Finding(error=False, what=what, where=subset.where, code="E-DATA-SUBSET"))
-        elif name in seen:
-            what = f"{directory} is ignored: the dataset has it already"
-            findings.append(Finding(error=False, what=what, where=subset.where, code="E-DATA-SUBSET"))
-        elif not directory.is_dir():
-            findings.append(folders.missing_folder(directory, subset.where))
-        else:
-            seen.add(name)
-            if name not in known:
-                known[name] = _Folder(directory, folders.listing(directory))
-            if known[name].content.images:
-                yield subset, known[name]
-            else:
-                findings.append(folders.no_images(directory, subset.where))
+def _want(shelf: Shelf, searches: Sequence[Search], ignore_orientation: bool) -> None:
+    """Asks for the headers and captions of all candidates."""
+    for search in searches:
+        subset, info = search.subset, search.info
+        directory: Directory | None = None
+        for candidate in search.candidates:
+            if candidate.directory is not directory:
+                directory = candidate.directory
+                images, texts = shelf.images_of(directory), shelf.texts_of(directory)
+            if candidate.gone is None:
+                images[candidate.name] = None
+            if candidate.caption_file is not None:
+                texts[candidate.caption_file] = None
+            elif info is not None and candidate.text is None and not subset.class_tokens:
+                candidate.text = info.caption(candidate.path)
+            if candidate.conditioning is not None:
+                shelf.images_of(candidate.conditioning[0])[candidate.conditioning[1]] = None
+        if info is not None:
+            _inform(search.candidates, info, ignore_orientation)
 
 
-def _read_headers(all_folders: Iterable[_Folder], read_one: Callable[[str], Header], visible: bool) -> None:
-    """Reads the headers of all images with many threads."""
-
-    def read(job: tuple[_Folder, str]) -> None:
-        folder, name = job
-        try:
-            folder.headers[name] = read_one(str(folder.path / name))
-        except DamagedImageError as damage:
-            folder.headers[name] = str(damage)
-
-    jobs = [(folder, name) for folder in all_folders for name in folder.content.images]
-    with (
-        ThreadPoolExecutor(THREADS) as pool,
-        Progress("reading image headers", len(jobs), "images", visible=visible) as bar,
-    ):
-        for _ in pool.map(read, jobs):
-            bar.advance()
+def _inform(candidates: Sequence[Candidate], info: CacheInfo, ignore_orientation: bool) -> None:
+    """Takes from a folder's own file what is known of its images."""
+    for candidate in candidates:
+        directory, name = candidate.directory, candidate.name
+        if name in directory.stamps and name not in directory.facts:
+            known = info.facts(directory, name, ignore_orientation=ignore_orientation)
+            if known is not None:
+                directory.facts[name] = known
 
 
-def _caption_text(folder: _Folder, image: str, subset: SubsetSettings) -> str | None:
-    """The content of an image's caption file; None when there is none."""
-    name = folder.names.get(os.path.normcase(_stem(image) + subset.caption_extension))
-    return None if name is None else read_text(folder.path / name)
+# what is found
 
 
-def _add_subset(
-    result: Scan,
-    dataset: int,
-    subset: SubsetSettings,
-    folder: _Folder,
-    texts: dict[str, str | None],
-    allow_missing: bool,
-) -> None:
+class _Maker:
+    """Gives sizes their places in the buckets of a dataset; equal ones share one object."""
+
+    def __init__(self, settings: DatasetSettings) -> None:
+        self._settings, self.bucketing = settings, settings.enable_bucket
+        self._known: dict[tuple[int, int, Size | None], tuple[Size, Assignment]] = {}
+
+    def assignment(self, width: int, height: int, bucket: Size | None) -> tuple[Size, Assignment]:
+        """The size of an image, and what becomes of it."""
+        key = width, height, bucket
+        found = self._known.get(key)
+        if found is None:
+            size = Size(width, height)
+            assigned = buckets.assign(size, self._settings) if bucket is None else buckets.covering(size, bucket)
+            found = self._known[key] = size, assigned
+        return found
+
+
+def _add(result: Scan, search: Search, maker: _Maker, damaged: dict[str, str], allow_missing: bool) -> None:
     """Adds a subset's items, report and findings."""
-    report = SubsetReport(subset, dataset)
+    if not search.candidates:
+        return
+    report = SubsetReport(search.subset, search.dataset)
     result.reports.append(report)
-    for name in folder.content.images:
-        header = folder.headers[name]
-        if isinstance(header, str):
-            continue
-        caption = captions.composed(_count_caption(report, name, texts[name], subset), subset)
-        if len(report.samples) < 3:
-            report.samples.append(caption)
-        result.rotated += header.orientation != 1
-        result.transparent += header.transparent
-        result.items.append(
-            Item(
-                path=str(folder.path / name),
-                original=header.size,
-                caption=caption,
-                repeats=subset.num_repeats,
-                assignment=buckets.assign(header.size, result.config.datasets[dataset]),
-                dataset=dataset,
-                subset=subset,
-                orientation=header.orientation,
-                file_bytes=header.file_bytes,
-                mtime_ns=header.mtime_ns,
-                shares_stem=folder.stems[os.path.normcase(_stem(name))] > 1,
-            )
-        )
-    result.findings += _caption_findings(report, folder, allow_missing)
+    first = len(result.items)
+    for candidate in search.candidates:
+        facts = _facts(candidate, damaged)
+        if facts is not None:
+            result.items.append(_item(report, candidate, facts, maker))
+    added = result.items[first:]
+    report.transparent = sum(item.transparent for item in added)
+    result.transparent += report.transparent
+    result.rotated += sum(item.orientation != 1 for item in added)
+    result.gone += sum(item.gone for item in added)
+    for item in added[:3]:
+        report.samples.append(captions.plain(item.caption, item.subset))
+    result.findings += caption_findings(report, search, allow_missing)
+    result.findings += claim_findings(search, added)
+    crops_faces = search.subset.face_crop_aug_range and not result.config.datasets[search.dataset].enable_bucket
+    if crops_faces and not any(item.face for item in added):
+        what = f"no file name in {search.subset.name} holds a face position: face_crop_aug_range does nothing"
+        result.findings.append(Finding(error=False, what=what, where=search.subset.where, code="E-DATA-SUBSET"))
+    if search.info is not None and (problem := search.info.write(added)):
+        result.findings.append(problem)
 
 
-def _count_caption(report: SubsetReport, name: str, text: str | None, subset: SubsetSettings) -> str:
+def _facts(candidate: Candidate, damaged: dict[str, str]) -> Facts | None:
+    """The facts of an image; None when it, or its conditioning image, is damaged."""
+    if candidate.conditioning is not None:
+        directory, name = candidate.conditioning
+        condition = directory.facts[name]
+        if isinstance(condition, str):
+            damaged[directory.prefix + name] = condition
+            return None
+    if candidate.gone is not None:
+        return Facts(*candidate.gone, 1, False)
+    facts = candidate.directory.facts[candidate.name]
+    if isinstance(facts, str):
+        damaged[candidate.path] = facts
+        return None
+    return facts
+
+
+def _item(report: SubsetReport, candidate: Candidate, facts: Facts, maker: _Maker) -> Item:
+    subset, directory, name = report.settings, candidate.directory, candidate.name
+    size, assignment = maker.assignment(facts.width, facts.height, candidate.bucket)
+    file_bytes, mtime_ns = directory.stamps.get(name, (0, 0))
+    shared = directory.shared_stems
+    conditioning = candidate.conditioning
+    return Item(
+        path=directory.prefix + name,
+        original=size,
+        caption=_caption(report, candidate),
+        repeats=subset.num_repeats,
+        assignment=assignment,
+        dataset=report.dataset,
+        subset=subset,
+        orientation=facts.orientation,
+        file_bytes=file_bytes,
+        mtime_ns=mtime_ns,
+        shares_stem=bool(shared) and os.path.normcase(splitext(name)[0]) in shared,
+        transparent=facts.transparent,
+        conditioning=None if conditioning is None else conditioning[0].prefix + conditioning[1],
+        face=face(name) if subset.face_crop_aug_range is not None and not maker.bucketing else None,
+        gone=candidate.gone is not None,
+    )
+
+
+def _caption(report: SubsetReport, candidate: Candidate) -> str:
     """The raw caption of an image, counted in the report."""
     report.images += 1
-    if text is None:
-        report.without_file.append(name)
+    subset = report.settings
+    text = candidate.text
+    if candidate.caption_file is not None:
+        text = candidate.directory.texts[candidate.caption_file]
+    elif text is None or (not text and subset.metadata_file):
+        report.without_file.append(candidate.name)
         report.from_class_tokens += bool(subset.class_tokens)
         report.missing += not subset.class_tokens
         return subset.class_tokens or ""
-    caption = captions.first_line(text)
-    report.captioned += bool(caption)
-    report.empty += not caption
-    report.multi_line += captions.is_multi_line(text)
-    return caption
+    text = text or ""
+    raw = captions.raw_caption(text, subset)
+    report.captioned += bool(raw)
+    report.empty += not raw
+    if not subset.enable_wildcard and len(text) > len(raw) + 2:  # more than the end of a line
+        report.multi_line += captions.is_multi_line(text)
+    return raw
 
 
-def _caption_findings(report: SubsetReport, folder: _Folder, allow_missing: bool) -> Iterator[Finding]:
-    """Captions that look as if they were meant to be read but aren't."""
-    if not report.without_file:
+def _balance(result: Scan, dataset: int) -> None:
+    """Gives regularization images the repeats with which they are as many samples as the training images."""
+    if not any(subset.is_reg for subset in result.config.datasets[dataset].subsets):
         return
-    extension, where = report.settings.caption_extension, report.settings.where
-    beside = Counter(
-        suffix
-        for name in folder.content.others
-        for stem, suffix in [os.path.splitext(name)]  # noqa: PTH122 - many names
-        if suffix.lower() in captions.TEXT_SUFFIXES and suffix != extension and os.path.normcase(stem) in folder.stems
-    )
-    count, place = len(report.without_file), folder.path
-    if beside and count == report.images:
-        suffix, files = beside.most_common(1)[0]
-        what = f"no caption files *{extension} in {place}, but {files} files *{suffix} beside the images"
-        hint = f"give --caption_extension {suffix}, or --allow_missing_captions to train without them"
-        yield Finding(error=not allow_missing, what=what, where=where, hint=hint, code="E-CAPTION-EXT")
-    elif count < report.images or report.missing:
-        named = _some(report.without_file)
-        instead = (
-            f'the class tokens "{report.settings.class_tokens}"' if report.settings.class_tokens else "empty captions"
-        )
-        what = (
-            f"{count} of {report.images} images in {place} have no caption file *{extension} and get {instead}: {named}"
-        )
-        yield Finding(error=False, what=what, where=where, code="E-CAPTION-MISSING")
-
-
-def _report_damage(result: Scan, used: Iterator[_Folder], skip: bool) -> None:
-    """Names every damaged file, once."""
-    damaged = {
-        str(folder.path / name): reason
-        for folder in used
-        for name, reason in folder.headers.items()
-        if isinstance(reason, str)
-    }
-    if skip and damaged:
-        result.skipped = list(damaged)
-        what = f"{len(damaged)} damaged images are skipped: {_some(result.skipped, 10)}"
-        result.findings.append(Finding(error=False, what=what, code="E-IMAGE"))
+    places = [place for place, item in enumerate(result.items) if item.dataset == dataset and item.subset.is_reg]
+    if not places:
         return
-    hint = "mend or remove it, or give --skip_bad_images"
-    result.findings += [
-        Finding(error=True, what=f"damaged image: {reason}", where=path, hint=hint, code="E-IMAGE")
-        for path, reason in damaged.items()
-    ]
-
-
-def _report_sizes(result: Scan) -> None:
-    """Warns of images of which the model will see less, or more, than is in them."""
-
-    def warn(paths: list[str], what: str) -> None:
-        if paths:
-            number = f"{len(paths)} image{'s' if len(paths) > 1 else ''}"
-            result.findings.append(Finding(error=False, what=f"{number} {what}: {_some(paths)}", code="E-IMAGE-SIZE"))
-
-    small = [item.path for item in result.items if item.assignment.too_small]
-    warn(small, "too small or too long for any bucket, enlarged or cut to the nearest")
-    cut = [item.path for item in result.items if item.assignment.crop_loss > LARGEST_CROP_LOSS]
-    warn(cut, f"cropped by more than {LARGEST_CROP_LOSS:.0%}")
-    enlarged = [
-        item.path for item in result.items if item.assignment.resized.width > LARGEST_ENLARGEMENT * item.original.width
-    ]
-    warn(enlarged, f"enlarged to more than {LARGEST_ENLARGEMENT:g} times their size")
-    if result.transparent:
-        what = (
-            f"{result.transparent} images have transparency, which is dropped: the colours stored under it are learned"
-        )
-        result.findings.append(Finding(error=False, what=what, code="E-IMAGE-ALPHA"))
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]  # noqa: PTH122 - many names
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    samples = sum(item.repeats for item in result.items if item.dataset == dataset and not item.subset.is_reg)
+    if not samples:
+        what = "there are regularization images, but no training images"
+        where = result.config.datasets[dataset].where
+        result.findings.append(Finding(error=True, what=what, where=where, code="E-DATA-NONE"))
+        return
+    repeats = balanced([result.items[place].repeats for place in places], samples)
+    if repeats is None:
+        result.reg_slots[dataset] = samples
+        repeats = [1] * len(places)
+    for place, count in zip(places, repeats, strict=True):
+        if result.items[place].repeats != count:
+            result.items[place] = replace(result.items[place], repeats=count)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from library.types import Cond, Finding, Tokens, Traits
+from library.types import Cond, Finding, Posterior, Tokens, Traits
 
 if TYPE_CHECKING:
     import torch
@@ -59,12 +59,10 @@ class Family(Protocol):
     def encode_text(self, encoders: Mapping[str, nn.Module], tokens: Tokens) -> Cond:
         """What the given encoders say; those that aren't given leave their arrays out."""
 
-    def encode_images(
-        self, vae: nn.Module, pixels: Tensor, noise: Callable[[tuple[int, ...]], Tensor] | None
-    ) -> Tensor:
-        """Latents (B, C, h, w) float32 as the denoiser wants them, of pixels (B, 3, H, W) in [-1, 1].
+    def encode_images(self, vae: nn.Module, pixels: Tensor) -> Posterior:
+        """The posterior of the latents (B, C, h, w), scaled as the denoiser wants them, of pixels (B, 3, H, W).
 
-        `noise` draws the sample of the posterior from a shape; None takes the mean.
+        Pixels are in [-1, 1].
         """
 
     def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -31,7 +31,7 @@ from library.option_groups import (
 )
 from library.options import Options
 from library.places import check_readable
-from library.types import Cond, Finding, Tokens, Traits
+from library.types import Cond, Finding, Posterior, Tokens, Traits
 
 logger = get_logger(__name__)
 
@@ -318,11 +318,10 @@ class Flux:
         path = self.files.required("ae")
         return _frozen(loading.load_autoencoder(path, dtype=dtype, device=device, mmap=self.files.mmap, option="--ae"))
 
-    def encode_images(
-        self, vae: nn.Module, pixels: Tensor, noise: Callable[[tuple[int, ...]], Tensor] | None
-    ) -> Tensor:
-        """Latents (B, 16, h, w) float32, shifted and scaled."""
-        return (autoencoder.encode(vae, pixels, noise).float() - LATENT_SHIFT) * LATENT_SCALE
+    def encode_images(self, vae: nn.Module, pixels: Tensor) -> Posterior:
+        """The posterior of the latents (B, 16, h, w), shifted and scaled."""
+        mean, deviation = autoencoder.encode(vae, pixels)
+        return Posterior((mean - LATENT_SHIFT) * LATENT_SCALE, deviation * LATENT_SCALE)
 
     def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1], float32."""
@@ -389,6 +388,7 @@ def flow_settings(options: Options) -> FlowSettings:
         max_timestep=noise.max_timestep,
         ip_noise_gamma=noise.ip_noise_gamma,
         ip_noise_gamma_random_strength=noise.ip_noise_gamma_random_strength,
+        masked_loss_normalize=loss.masked_loss_normalize,
     )
 
 

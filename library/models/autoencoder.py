@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from library.log import DataError
 from library.models.keymaps import count_indices
+from library.types import Posterior
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,20 +45,13 @@ def build_autoencoder(shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
     return model
 
 
-def encode(vae: Any, pixels: Tensor, noise: Callable[[tuple[int, ...]], Tensor] | None = None) -> Tensor:
-    """Latents (B, C, h, w) float32 of pixels (B, 3, H, W) in [-1, 1]: a sample of the posterior, unscaled.
-
-    Args:
-        noise: draws normal numbers of a shape; None gives the mean of the posterior.
-    """
+def encode(vae: Any, pixels: Tensor) -> Posterior:
+    """The posterior of the latents (B, C, h, w), unscaled float32, of pixels (B, 3, H, W) in [-1, 1]."""
     moments = vae.encoder(pixels)
     if vae.quant_conv is not None:
         moments = vae.quant_conv(moments)
     mean, log_variance = moments.float().chunk(2, dim=1)
-    if noise is None:
-        return torch.as_tensor(mean)
-    draw = noise(tuple(mean.shape)).to(device=mean.device, dtype=mean.dtype)
-    return torch.addcmul(mean, torch.exp(0.5 * log_variance), draw)
+    return Posterior(mean, torch.exp(0.5 * log_variance))
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from library.log import get_logger
 from library.randomness import Draws
 from library.train.ranks import PINNING, Later
-from library.types import Batch, Cond, Models
+from library.types import Batch, Cond, Models, Posterior
 
 if TYPE_CHECKING:
     from library.families.base import Family
@@ -62,7 +62,7 @@ class Conditions:
         if self._finite is not None and not all(self._finite.read()):
             _widen(vae)
         with torch.no_grad():
-            latents = _encoded(self.family, vae, batch.pixels, batch.image_seeds)
+            latents = sampled(_encoded(self.family, vae, batch.pixels), batch.image_seeds)
             self._finite = Later(torch.isfinite(latents).all().float()[None]) if _may_overflow(vae) else None
         return latents
 
@@ -79,27 +79,30 @@ class Conditions:
         return cond
 
 
-def encode_images(family: Family, vae: torch.nn.Module, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Latents of pixels, in the autoencoder's type; once more in float32 if half precision overflows."""
-    latents = _encoded(family, vae, pixels, seeds)
-    if not _may_overflow(vae) or bool(torch.isfinite(latents).all()):
-        return latents
+def encode_images(family: Family, vae: torch.nn.Module, pixels: Tensor) -> Posterior:
+    """The posterior of latents, in the autoencoder's type; once more in float32 if half precision overflows."""
+    posterior = _encoded(family, vae, pixels)
+    if not _may_overflow(vae) or bool(torch.isfinite(posterior.mean).all()):
+        return posterior
     _widen(vae)
-    return _encoded(family, vae, pixels, seeds)
+    return _encoded(family, vae, pixels)
 
 
-def _encoded(family: Family, vae: torch.nn.Module, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Latents of pixels, in the autoencoder's own type whatever the training around computes in."""
+def sampled(posterior: Posterior, seeds: Sequence[int]) -> Tensor:
+    """Latents (B, C, h, w), each drawn with its own seed."""
+    device = posterior.mean.device
+    noise = Draws(seeds).posterior(posterior.mean.shape[1:])
+    noise = (noise.pin_memory() if device.type in PINNING else noise).to(device, non_blocking=True)
+    return posterior.sample(noise)
+
+
+def _encoded(family: Family, vae: torch.nn.Module, pixels: Tensor) -> Posterior:
+    """The posterior of latents, in the autoencoder's own type whatever the training around computes in."""
     parameter = next(vae.parameters())
     device = parameter.device
-
-    def noise(shape: tuple[int, ...]) -> Tensor:
-        drawn = Draws(seeds).posterior(shape[1:])
-        return (drawn.pin_memory() if device.type in PINNING else drawn).to(device, non_blocking=True)
-
     with torch.autocast(device.type, enabled=False):
         # contiguous, so that cached and live latents come from the same kernels
-        return family.encode_images(vae, pixels.to(device, parameter.dtype).contiguous(), noise)
+        return family.encode_images(vae, pixels.to(device, parameter.dtype).contiguous())
 
 
 def decode_latents(family: Family, vae: torch.nn.Module, latents: Tensor) -> Tensor:

@@ -129,17 +129,23 @@ RULES = (
         _either(_not(_set("bucket_no_upscale")), _not(_BUCKETS)),
         "buckets without --bucket_no_upscale",
     ),
-    Rule(("dataset_repeats",), _set("dataset_config"), "--dataset_config; folders have the number in their name"),
+    Rule(
+        ("dataset_repeats",),
+        _set("dataset_config", "in_json"),
+        "--dataset_config and --in_json; folders have the number in their name",
+    ),
     Rule(("caption_extension",), _not(_set("caption_extention")), "commands without --caption_extention"),
     Rule(("vae_batch_size",), _set("cache_latents", "cache_latents_to_disk"), "--cache_latents"),
     Rule(
-        ("text_encoder_batch_size",),
+        ("text_encoder_batch_size", "text_cache_variants"),
         _set("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
         "--cache_text_encoder_outputs",
     ),
     Rule(
-        ("skip_cache_check",),
+        ("skip_cache_check", "cache_dir", "cache_compact"),
         _set("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"),
         "caches on disk",
     ),
+    Rule(("cache_posterior",), _set("cache_latents", "cache_latents_to_disk"), "--cache_latents"),
+    Rule(("masked_loss_normalize",), _set("masked_loss", "alpha_mask", "dataset_config"), "--masked_loss"),
 )

@@ -118,6 +118,7 @@ def make_plan(
     repeated: int,
     batches_per_epoch: int,
     length: LengthOptions,
+    batches_per_process: int | None = None,
     steps_given: bool = False,
     regularization_images: int = 0,
     batch_sizes: Sequence[int] = (1,),
@@ -133,14 +134,16 @@ def make_plan(
 ) -> Plan:
     """The plan of a run.
 
-    `batches_per_epoch` counts the batches of all processes; `steps_given` says whether the user wrote
+    `batches_per_epoch` counts the batches of all processes, `batches_per_process` those of each, which take a little
+    longer where buckets can't be shared out evenly; None: they can. `steps_given` says whether the user wrote
     `--max_train_steps` (its default doesn't limit a run that has `--max_train_epochs`).
     Errors: UserError when nothing would be trained or a number makes no sense.
     """
     accumulation = length.gradient_accumulation_steps
     if accumulation < 1:
         raise UserError(f"gradient accumulation of {accumulation}", "--gradient_accumulation_steps", "give 1 or more")
-    batches_per_process = ceil(batches_per_epoch / processes)
+    if batches_per_process is None:
+        batches_per_process = ceil(batches_per_epoch / processes)
     steps_per_epoch = ceil(batches_per_process / accumulation)
     if steps_per_epoch == 0:
         raise UserError(

@@ -16,6 +16,8 @@ from PIL import Image
 from library.data import cache
 from library.data.dataset import TrainingData
 from library.log import DataError, UserError
+from library.types import Posterior
+from tests.caches import check_latents, fill_latents, fill_text
 
 FOUR = {"a.png": (96, 64), "b.png": (64, 96), "c.png": (64, 64), "d.png": (128, 64)}
 CAPTIONS = {f"{name}.txt": f"caption {name}" for name in "abcd"}
@@ -39,8 +41,8 @@ def fill(training_data, vae, encoder):
 
     def run(text: str, identity: str = "vae 1", text_identity: str = "te 1", **arguments):
         data = training_data(text)
-        latents = cache.fill_latents(data, vae, identity, batch_size=2, visible=False, **arguments)
-        texts = cache.fill_text(data, encoder, text_identity, batch_size=3, visible=False, **arguments)
+        latents = fill_latents(data, vae, identity, batch_size=2, **arguments)
+        texts = fill_text(data, encoder, text_identity, batch_size=3, **arguments)
         return data, latents, texts
 
     return run
@@ -50,8 +52,10 @@ def assert_equals_uncached(data: TrainingData, fill, text: str, **identities) ->
     """What the model is fed from the disk is what it would be fed without a disk cache."""
     fresh, _, _ = fill(text, to_disk=False, **identities)
     for index in range(data.images):
-        assert torch.equal(data.latents.load(index, False), fresh.latents.load(index, False))
-        cond, wanted = data.cond.load(index), fresh.cond.load(index)
+        assert torch.equal(data.latents.load(index, False, 0).latents, fresh.latents.load(index, False, 0).latents)
+        text = data.items[index].caption
+        text = f"x {text}" if data.items[index].subset.caption_prefix else text
+        cond, wanted = data.cond.load(index, text), fresh.cond.load(index, text)
         assert cond.keys() == wanted.keys()
         assert all(torch.equal(cond[name].float(), wanted[name].float()) for name in cond)
 
@@ -114,7 +118,7 @@ def test_other_encoders(fill, folder):
 
 def test_other_precision(fill, folder, training_data):
     fill(toml(folder), dtype="bfloat16")
-    check = cache.check_latents(training_data(toml(folder)), "vae 1", dtype="float32", visible=False)
+    check = check_latents(training_data(toml(folder)), "vae 1", dtype="float32")
     assert check.summary.encoded == 4
 
 
@@ -136,7 +140,7 @@ def test_flip_is_added_and_kept_apart(fill, folder, vae):
     data, latents, _ = fill(toml(folder, more="flip_aug = true\n"))
     assert latents.reasons == {"no mirrored latents": 4}
     assert vae.images == 12
-    straight, mirrored = data.latents.load(0, False), data.latents.load(0, True)
+    straight, mirrored = data.latents.load(0, False, 0).latents, data.latents.load(0, True, 0).latents
     assert torch.allclose(straight, mirrored.flip(-1), atol=0.02)
     assert not torch.allclose(straight, mirrored, atol=0.02)
     assert fill(toml(folder))[1].encoded == 0
@@ -192,9 +196,9 @@ def test_file_that_breaks_during_training_is_named(fill, folder):
     (folder / "a_0096x0064_flux.npz").write_bytes(b"x")
     (folder / "a_flux_te.npz").unlink()
     with pytest.raises(DataError, match=r"a_0096x0064_flux\.npz"):
-        data.latents.load(0, False)
+        data.latents.load(0, False, 0)
     with pytest.raises(DataError, match=r"a_flux_te\.npz"):
-        data.cond.load(0)
+        data.cond.load(0, "caption a")
 
 
 def test_arrays_are_as_other_programs_know_them(fill, folder):
@@ -225,10 +229,11 @@ def test_files_of_other_programs_are_trusted_only_on_demand(fill, folder):
         np.savez(path, **arrays)
     data, latents, texts = fill(toml(folder), "vae 9", "te 9", skip_check=True)
     assert (latents.encoded, texts.encoded) == (0, 0)
-    assert data.latents.load(0, False).shape == (16, 6, 10)
-    assert set(data.cond.load(0)) == {"pooled", "mask", "flag"}
+    assert data.latents.load(0, False, 0).latents.shape == (16, 6, 10)
+    assert set(data.cond.load(0, "caption a")) == {"pooled", "mask", "flag"}
     _, latents, texts = fill(toml(folder))
-    assert latents.reasons == texts.reasons == {"made by another program": 4}
+    assert latents.reasons == {"made by another program": 3}  # one has the crop that the others would record
+    assert texts.reasons == {"made by another program": 4}
 
 
 def test_similar_names_are_not_confused(fill, make_images, tmp_path):
@@ -243,39 +248,39 @@ def test_equal_captions_are_encoded_once(training_data, make_images, tmp_path, e
     names = {f"{number}.png": (64, 64) for number in range(50)}
     folder = make_images(tmp_path / "a", names)
     data = training_data(toml(folder, more="class_tokens = 'cat'\n"))
-    cache.fill_text(data, encoder, "te", to_disk=False, visible=False)
+    fill_text(data, encoder, "te", to_disk=False)
     assert encoder.captions == ["cat"]
-    cache.fill_text(data, encoder, "te", to_disk=True, visible=False)
+    fill_text(data, encoder, "te", to_disk=True)
     assert encoder.captions == ["cat", "cat"]
 
 
 def test_nan_names_the_image_and_keeps_the_rest(training_data, folder, vae):
     data = training_data(toml(folder))
 
-    def encode(pixels, seeds):
-        latents = vae(pixels, seeds)
+    def encode(pixels):
+        latents = vae(pixels)
         if vae.images == 3:
-            latents[0, 0, 0, 0] = float("nan")
+            latents.mean[0, 0, 0, 0] = float("nan")
         return latents
 
     with pytest.raises(DataError, match=r"NaN.*\.png"):
-        cache.fill_latents(data, encode, "v", visible=False)
-    assert cache.check_latents(data, "v", visible=False).summary.encoded == 2
+        fill_latents(data, encode, "v")
+    assert check_latents(data, "v").summary.encoded == 2
     with pytest.raises(DataError, match=r"NaN.*pooled.*\.png"):
-        cache.fill_text(data, lambda captions: {"pooled": torch.full((1, 2), float("inf"))}, "t", visible=False)
+        fill_text(data, lambda captions: {"pooled": torch.full((1, 2), float("inf"))}, "t")
 
 
 def test_crash_keeps_what_is_done(training_data, folder, vae):
     data = training_data(toml(folder))
 
-    def encode(pixels, seeds):
+    def encode(pixels):
         if vae.images == 2:
             raise RuntimeError("power cut")
-        return vae(pixels, seeds)
+        return vae(pixels)
 
     with pytest.raises(RuntimeError):
-        cache.fill_latents(data, encode, "v", visible=False)
-    assert cache.check_latents(data, "v", visible=False).summary.reused == 2
+        fill_latents(data, encode, "v")
+    assert check_latents(data, "v").summary.reused == 2
     assert not [path for path in folder.iterdir() if path.suffix not in (".png", ".txt", ".npz")]
 
 
@@ -287,7 +292,7 @@ def test_all_images_that_break_while_decoding_are_named(training_data, make_imag
         content[len(content) // 2] ^= 255
         (folder / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
-        cache.fill_latents(data, vae, "v", batch_size=4, visible=False)
+        fill_latents(data, vae, "v", batch_size=4)
     assert len(caught.value.lines()) == 2
     assert "1.png" in str(caught.value)
     assert "4.png" in str(caught.value)
@@ -297,10 +302,10 @@ def test_all_images_that_break_while_decoding_are_named(training_data, make_imag
 def test_work_is_shared_by_file(training_data, folder, vae):
     text = toml(folder) + toml(folder, 128)
     data = training_data(text)
-    summaries = [cache.fill_latents(data, vae, "v", rank=rank, world=3, visible=False) for rank in range(3)]
+    summaries = [fill_latents(data, vae, "v", rank=rank, world=3) for rank in range(3)]
     assert sum(summary.encoded for summary in summaries) == 8
     assert all(summary.encoded % 2 == 0 for summary in summaries)  # both resolutions of a file
-    assert cache.check_latents(data, "v", visible=False).summary.encoded == 0
+    assert check_latents(data, "v").summary.encoded == 0
 
 
 def test_two_runs_in_one_folder(training_data, folder, vae):
@@ -312,7 +317,7 @@ def test_two_runs_in_one_folder(training_data, folder, vae):
     def run(data):
         try:
             for _ in range(3):
-                cache.fill_latents(data, vae, f"v {time.monotonic_ns()}", visible=False)
+                fill_latents(data, vae, f"v {time.monotonic_ns()}")
         except Exception as error:  # noqa: BLE001
             errors.append(error)
 
@@ -323,42 +328,38 @@ def test_two_runs_in_one_folder(training_data, folder, vae):
         thread.join()
     assert not errors
     for data in both:
-        assert all(data.latents.load(index, False) is not None for index in range(4))
+        assert all(data.latents.load(index, False, 0).latents is not None for index in range(4))
 
 
-def test_seeds_belong_to_the_image(training_data, folder):
-    seen: dict[int, list[list[int]]] = {1: [], 4: []}
-    for size in seen:
-
-        def encode(pixels, seeds, size=size):
-            seen[size] += [[seed, round(float(image.sum()), 1)] for seed, image in zip(seeds, pixels, strict=True)]
-            return torch.zeros(len(pixels), 16, pixels.shape[2] // 8, pixels.shape[3] // 8)
-
+def test_what_is_drawn_for_an_image_depends_on_no_batch(training_data, folder, vae):
+    made = []
+    for size in (1, 4):
         data = training_data(toml(folder, more="flip_aug = true\n"))
-        cache.fill_latents(data, encode, "v", batch_size=size, to_disk=False, visible=False)
-    assert sorted(seen[1]) == sorted(seen[4])
-    assert len({seed for seed, _ in seen[1]}) == 8
+        fill_latents(data, vae, "v", batch_size=size, to_disk=False)
+        made.append([data.latents.load(index, mirrored, 0).latents for index in range(4) for mirrored in (False, True)])
+    assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
+    assert len({float(latents.std()) for latents in made[0]}) == 8
 
 
 def test_check_tells_what_a_run_will_need(training_data, folder, vae):
     data = training_data(toml(folder))
-    check = cache.check_latents(data, "v", visible=False)
+    check = check_latents(data, "v")
     assert check.summary.encoded == 4
     before = check.bytes_needed
-    cache.fill_latents(data, vae, "v", visible=False, check=check)
+    cache.fill_latents(data, vae, check, visible=False)
     written = sum(path.stat().st_size for path in folder.glob("*.npz"))
     assert 0.5 * written < before < 2 * written
-    assert cache.check_latents(data, "v", visible=False).bytes_needed == 0
+    assert check_latents(data, "v").bytes_needed == 0
 
 
 def test_encoder_is_kept_busy(training_data, make_images, tmp_path):
     folder = make_images(tmp_path / "a", {f"{number}.png": (256, 256) for number in range(30)})
     data = training_data(toml(folder))
 
-    def encode(pixels, seeds):
+    def encode(pixels):
         time.sleep(0.02)
-        return torch.zeros(len(pixels), 16, 8, 8)
+        return Posterior(torch.zeros(len(pixels), 16, 8, 8), torch.ones(len(pixels), 16, 8, 8))
 
     started = time.perf_counter()
-    cache.fill_latents(data, encode, "v", visible=False)
+    fill_latents(data, encode, "v")
     assert time.perf_counter() - started < 30 * 0.02 * 2.5  # 1.2 on an idle machine

@@ -11,10 +11,11 @@ from itertools import islice
 import pytest
 import torch
 
-from library.data import cache, reports
-from library.data.loading import PixelDataset, samples_of
+from library.data import reports
+from library.data.loading import Clock, PixelDataset, samples_of
 from library.log import DataError
 from library.types import Size
+from tests.caches import fill_latents, fill_text
 
 
 def toml(folder, batch_size: int = 2, more: str = "", resolution: int = 64, dataset: str = "") -> str:
@@ -94,13 +95,13 @@ def test_cached_batches_equal_uncached_ones(training_data, folder, vae, encoder)
     wanted = list(plain.loader(2))
     for to_disk in (True, False):
         data = training_data(toml(folder))
-        cache.fill_latents(data, vae, "v", to_disk=to_disk, visible=False)
-        cache.fill_text(data, encoder, "t", to_disk=to_disk, visible=False)
+        fill_latents(data, vae, "v", to_disk=to_disk)
+        fill_text(data, encoder, "t", to_disk=to_disk)
         for got, batch in zip(data.loader(2), wanted, strict=True):
             assert got.names == batch.names
             assert got.draws == batch.draws
             assert got.pixels is None
-            latents = vae(batch.pixels, [0] * len(batch.names))
+            latents = vae(batch.pixels).mean
             assert torch.allclose(got.latents, latents, atol=0.011)
             assert got.cond["pooled"].shape == (len(batch.names), 4)
             assert got.cond["flag"].shape == (len(batch.names),)
@@ -115,15 +116,18 @@ def test_two_processes_see_what_one_sees(training_data, folder):
             for row, draw in enumerate(batch.draws):
                 seen[draw] = (batch.names[row], batch.pixels[row])
         ranks = [list(two.loader(epoch, rank=rank, world=2)) for rank in range(2)]
-        assert [len(batches) for batches in ranks] == [5, 5]
-        names = Counter(
-            batch.names[row]
+        assert [len(batches) for batches in ranks] == [one.batches_in_epoch()] * 2
+        shown = {
+            batch.draws[row]: (batch.names[row], batch.pixels[row])
             for batches in ranks
             for batch in batches
             for row in range(len(batch.names))
             if batch.loss_weights[row]
-        )
-        assert names == Counter(name for name, _ in seen.values())
+        }
+        assert shown.keys() == seen.keys()
+        for draw, (name, pixels) in seen.items():
+            assert shown[draw][0] == name
+            assert shown[draw][1].equal(pixels)
 
 
 def test_one_bucket_two_processes_equal_one_with_double_batch(training_data, make_images, tmp_path):
@@ -156,15 +160,15 @@ def test_start_in_the_middle(training_data, folder):
 def test_about_half_is_mirrored_and_the_crop_tells(training_data, make_images, tmp_path, vae):
     make_images(tmp_path / "a", {"a.png": (101, 64)})
     data = training_data(toml(tmp_path / "a", 1, "flip_aug = true\nnum_repeats = 400\n"))
-    cache.fill_latents(data, vae, "v", to_disk=False, visible=False)
+    fill_latents(data, vae, "v", to_disk=False)
     crops = Counter(batch.crops[0] for batch in data.loader(1))
     given = data.items[0].assignment
     assert len(crops) == 1 if given.left == given.mirrored_left() else 2
     mirrored = sum(
-        sample.mirrored
+        sample.view.mirrored
         for group in data.epoch_batches(1)
         for share in group.shares
-        for sample in samples_of(data, share)
+        for sample in samples_of(data, share, Clock(0, 1))
     )
     assert abs(mirrored - 200) < 4 * math.sqrt(100)
 
@@ -205,18 +209,18 @@ def test_damage_in_a_worker_process_is_named(training_data, folder):
 
 def test_what_goes_to_worker_processes_is_small(training_data, folder):
     data = training_data(toml(folder))
-    dataset = pickle.loads(pickle.dumps(PixelDataset()))
+    dataset = pickle.loads(pickle.dumps(PixelDataset(8, False)))
     share = data.epoch_batches(1)[0].shares[0]
-    jobs = pickle.dumps(samples_of(data, share))
+    jobs = pickle.dumps(samples_of(data, share, Clock(0, 1)))
     assert len(jobs) < 3000
-    assert dataset[pickle.loads(jobs)].shape[0] == len(share.entries)
+    assert dataset[pickle.loads(jobs)].pixels.shape[0] == len(share.entries)
 
 
 @pytest.mark.parametrize("to_disk", [True, False])
 def test_no_pause_between_epochs(training_data, make_images, tmp_path, vae, to_disk):
     make_images(tmp_path / "a", {"a.png": (64, 64), "b.png": (64, 64)})
     data = training_data(toml(tmp_path / "a", 1, "num_repeats = 500\n"))
-    cache.fill_latents(data, vae, "v", to_disk=to_disk, visible=False)
+    fill_latents(data, vae, "v", to_disk=to_disk)
     gaps = []
     for epoch in (1, 2, 3):
         started = time.perf_counter()

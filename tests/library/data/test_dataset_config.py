@@ -8,27 +8,26 @@ from pathlib import Path
 import pytest
 
 from library.data import config
-from library.data.settings import DatasetSettings, SubsetSettings
+from library.data.settings import NO_RESOLUTION, DatasetSettings, SubsetSettings
 from library.log import UserError
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "dataset_config.json").read_text("utf-8"))
-DREAMBOOTH = [
-    case
-    for case in GOLDEN["cases"]
-    if case["name"] not in ("batch_size bool", "prior_loss_weight by CLI")  # rejected here; not a value of the dataset
-    and case["script"] == "network"
-    and all(d["kind"] == "dreambooth" for d in case["result"].get("datasets", [{"kind": ""}]))
-]
-LATER = {
-    "alpha_mask",
-    "cache_info",
-    "caption_dropout_rate",
-    "color_aug",
-    "face_crop_aug_range",
-    "random_crop",
-    "token_warmup_step",
+CASES = {case["name"]: case for case in GOLDEN["cases"]}
+KINDS = {"dreambooth": "folders", "finetuning": "metadata", "controlnet": "pairs"}
+REJECTED_HERE = {
+    "general only": "there are no datasets",
+    "empty file": "there are no datasets",
+    "empty subsets list": "no subsets",
+    "no subsets key": "no subsets",
+    "batch_size bool": "not true",
 }
-CLI_TYPES = {"train_batch_size": int, "dataset_repeats": int, "min_bucket_reso": int, "max_bucket_reso": int}
+"""What the reference accepts although nothing, or nothing good, can come of it."""
+ACCEPTED_HERE = {
+    "network_multiplier int": "a whole number where any number is wanted",
+    "face_crop_aug_range ints": "whole numbers where any numbers are wanted",
+    "dreambooth subset in train_db.py with masked loss": "its transparency may be the mask",
+}
+"""What the reference rejects without need."""
 
 
 def command_line(words: list[str]) -> dict[str, object]:
@@ -43,62 +42,72 @@ def command_line(words: list[str]) -> dict[str, object]:
     return values
 
 
-def expected_subset(subset: dict) -> dict:
-    return {**subset, **{key: tuple(v) for key, v in subset.items() if isinstance(v, list)}}
+@pytest.fixture
+def load_case(tmp_path, options_of):
+    """Loads the configuration of a case; its resolution is 512 where it gives none."""
+
+    def load(case):
+        flags = GOLDEN["scripts"][case["script"]]
+        accepts = config.Accepts(flags["dreambooth"], flags["finetuning"], flags["controlnet"], flags["dropout"])
+        given = command_line(list(case["cli"]))
+        given.setdefault("resolution", "512")
+        given["masked_loss"] = case["script"].endswith("masked_loss")
+        path = tmp_path / "dataset.json"
+        path.write_text(json.dumps(case["config"], indent=1), "utf-8")
+        return config.load(options_of(dataset_config=path, **given), accepts)
+
+    return load
 
 
-@pytest.mark.parametrize("case", DREAMBOOTH, ids=lambda case: case["name"])
-def test_values_are_those_of_the_reference(case, tmp_path, options_of):
-    document = json.loads(json.dumps(case["config"]))
-    for dataset in document.get("datasets", []):
-        for subset in dataset.get("subsets", []):
-            subset.setdefault("image_dir", "d")
-    given = command_line(list(case["cli"]))
-    has_resolution = "resolution" in given or any(
-        "resolution" in table for table in [*document.get("datasets", []), document.get("general", {})]
-    )
-    if not has_resolution:
-        given["resolution"] = "512"
-    path = tmp_path / "dataset.json"
-    path.write_text(json.dumps(document), "utf-8")
-    options = options_of(dataset_config=path, **given)
-    used = {key for d in case["result"].get("datasets", []) for s in d["subsets"] for key in s}
-    if case["name"] in ("general only", "empty file") or used & LATER:
-        with pytest.raises(UserError):
-            config.load(options)
-        return
-    loaded = config.load(options)
+def same(got: object, wanted: object) -> bool:
+    if isinstance(wanted, list):
+        return list(got) == wanted
+    return got == wanted or (not got and wanted is None)
+
+
+GOOD = [case for case in GOLDEN["cases"] if "datasets" in case["result"] and case["name"] not in REJECTED_HERE]
+
+
+@pytest.mark.parametrize("case", GOOD, ids=lambda case: case["name"])
+def test_values_are_those_of_the_reference(case, load_case):
+    loaded = load_case(case)
     assert len(loaded.datasets) == len(case["result"]["datasets"])
     for settings, wanted in zip(loaded.datasets, case["result"]["datasets"], strict=True):
-        defaults = {**GOLDEN["defaults"]["dreambooth"]["dataset"], "resolution": [512, 512], **wanted["dataset"]}
-        for name, value in defaults.items():
-            if name != "prior_loss_weight":
-                got = getattr(settings, name)
-                assert (list(got) if name == "resolution" else got) == value, name
-        for subset, wanted_subset in zip(settings.subsets, wanted["subsets"], strict=True):
-            defaults = {**GOLDEN["defaults"]["dreambooth"]["subset"], **expected_subset(wanted_subset)}
-            for name, value in defaults.items():
-                assert getattr(subset, name) == (value if value is not None or name != "custom_attributes" else {}), (
-                    name
-                )
+        defaults = GOLDEN["defaults"][wanted["kind"]]
+        for name, value in {**defaults["dataset"], "resolution": [512, 512], **wanted["dataset"]}.items():
+            assert name == "prior_loss_weight" or same(getattr(settings, name), value), name
+        assert len(settings.subsets) == len(wanted["subsets"])
+        for subset, values in zip(settings.subsets, wanted["subsets"], strict=True):
+            for name, value in {**defaults["subset"], **values}.items():
+                assert same(getattr(subset, name), value), name
 
 
 @pytest.mark.parametrize(
     "case",
-    [case for case in GOLDEN["cases"] if case["script"] == "network" and case["result"].get("error") == "invalid"],
+    [case for case in GOLDEN["cases"] if "error" in case["result"] and case["name"] not in ACCEPTED_HERE],
     ids=lambda case: case["name"],
 )
-def test_what_the_reference_rejects_is_rejected(case, tmp_path, options_of):
-    if case["name"] in ("network_multiplier int", "face_crop_aug_range ints"):
-        pytest.skip("whole numbers are fine where others are wanted")
-    path = tmp_path / "dataset.json"
-    path.write_text(json.dumps(case["config"], indent=1), "utf-8")
+def test_what_the_reference_rejects_is_rejected(case, load_case):
     with pytest.raises(UserError) as caught:
-        config.load(options_of(dataset_config=path, resolution="512"))
-    for wrong in case["result"]["paths"]:
-        if "metadata_file" in str(caught.value):
-            continue  # such datasets come later
+        load_case(case)
+    for wrong in case["result"].get("paths", ()):
         assert wrong.rpartition(".")[2].strip("0123456789") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", REJECTED_HERE)
+def test_rejected_although_the_reference_takes_it(name, load_case):
+    with pytest.raises(UserError, match=REJECTED_HERE[name]):
+        load_case(CASES[name])
+
+
+@pytest.mark.parametrize("name", ACCEPTED_HERE)
+def test_accepted_although_the_reference_rejects_it(name, load_case):
+    assert load_case(CASES[name]).datasets
+
+
+def test_every_case_is_dealt_with():
+    assert len(CASES) == len(GOLDEN["cases"]) > 50
+    assert {*REJECTED_HERE, *ACCEPTED_HERE} <= set(CASES)
 
 
 def test_defaults_and_types(load_config):
@@ -135,13 +144,22 @@ MISTAKES = [
     (HEAD + "train_batch_size = 1", 5, "train_batch_size", ""),
     (HEAD + 'resize_interpolation = "best"', 5, "resize_interpolation", "one of lanczos"),
     (HEAD + "custom_attributes = 1", 5, "custom_attributes", "a table"),
-    (HEAD + "shuffle_caption = true", 5, "shuffle_caption", "not available yet"),
-    (HEAD + "caption_dropout_rate = 0.1", 5, "caption_dropout_rate", "not available yet"),
-    (HEAD + "is_reg = true", 5, "is_reg", "not available yet"),
-    (HEAD + "enable_wildcard = true", 5, "enable_wildcard", "not available yet"),
-    (HEAD + 'conditioning_data_dir = "c"', 5, "conditioning_data_dir", "not available yet"),
-    (HEAD + "face_crop_aug_range = [1, 2]", 5, "face_crop_aug_range", "not available yet"),
-    (HEAD + 'keep_tokens_separator = "|||"', 5, "keep_tokens_separator", "not available yet"),
+    (HEAD + 'conditioning_data_dir = "c"', 5, "conditioning_data_dir", "--masked_loss"),
+    (HEAD + "validation_split = 0.1", 5, "validation_split", "belongs into [general] or [[datasets]]"),
+    ("[general]\nvalidation_split = 0.1\n" + HEAD, 2, "validation_split", "leave it out"),
+    (HEAD + "caption_dropout_rate = 1.5", 5, "caption_dropout_rate", "at most 1"),
+    (HEAD + "caption_tag_dropout_rate = -0.5", 5, "caption_tag_dropout_rate", "at least 0"),
+    (HEAD + "face_crop_aug_range = [4.0, 2.0]", 5, "face_crop_aug_range", "[2.0, 4.0]"),
+    (HEAD + "face_crop_aug_range = [1.0]", 5, "face_crop_aug_range", "two numbers"),
+    (HEAD + "token_warmup_step = nan", 5, "token_warmup_step", "a number, not nan"),
+    (HEAD + 'shuffle_caption = true\ncaption_separator = ""', 6, "caption_separator", '","'),
+    (HEAD + 'metadata_file = "m.json"\nclass_tokens = "x"', 6, "class_tokens", "datasets of folders"),
+    (HEAD + 'metadata_file = "m.json"\nrecursive = true', 6, "recursive", "datasets of folders"),
+    (HEAD + '[[datasets.subsets]]\nmetadata_file = "m.json"', 1, "datasets[0]", "a [[datasets]] of its own"),
+    (HEAD.replace('"a"', '""'), 4, "image_dir", ""),
+    (HEAD + "is_reg = true", 1, "regularization images only", "add a subset"),
+    (HEAD + "masked_loss = true", 5, "masked_loss", "on the command line"),
+    ('[[datasets]]\nsubset = []\nresolution = 512', 2, "subset", "did you mean `subsets`?"),
     ("[general]\nfoo = 1\n" + HEAD, 2, "general.foo", ""),
     ("[general]\nis_reg = true\n" + HEAD, 2, "is_reg", "[[datasets.subsets]]"),
     ("[dataset]\n" + HEAD, 1, "dataset", "did you mean `datasets`?"),
@@ -152,8 +170,8 @@ MISTAKES = [
     ("[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nnum_repeats = 2", 3, "datasets[0].subsets[0]", "image_dir"),
     ("[[datasets]]\nresolution = 512\n", 1, "datasets[0]", "no subsets"),
     ('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "a"', 1, "datasets[0]", "--resolution"),
-    (HEAD + BUCKETS.format(2048), 5, "2048", "max_bucket_reso"),
-    (HEAD + BUCKETS.format(128), 5, "128", "min_bucket_reso"),
+    (HEAD + BUCKETS.format(2048), 7, "2048", "max_bucket_reso"),
+    (HEAD + BUCKETS.format(128), 7, "128", "min_bucket_reso"),
     (HEAD + "image_dir = 'again'", 5, "", "TOML"),
     ('[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = "C:\\pictures"', 4, "", "single quotes"),
     ("", None, "no datasets", "[[datasets]]"),
@@ -229,22 +247,43 @@ def test_options_that_the_file_replaces_are_warned_of(load_config):
     assert not loaded.findings[0].error
 
 
-def test_keys_without_effect_are_warned_of(load_config):
-    loaded = load_config(HEAD + "keep_tokens = 1\n")
-    assert "keep_tokens has no effect" in loaded.findings[0].what
-    assert loaded.findings[0].where.endswith(":5")
+def test_switches_in_the_file_beat_those_on_the_command_line(load_config):
+    for given, wanted in (("", True), ("shuffle_caption = false\n", False)):
+        loaded = load_config(HEAD + given, shuffle_caption=True)
+        assert loaded.datasets[0].subsets[0].shuffle_caption is wanted
 
 
-def test_switches_on_the_command_line_that_come_later(load_config):
-    with pytest.raises(UserError, match="--shuffle_caption"):
-        load_config(HEAD, shuffle_caption=True)
-    assert load_config(HEAD + "shuffle_caption = false\n", shuffle_caption=True).datasets
+def test_a_class_of_ones_own_comes_later(options_of):
+    with pytest.raises(UserError, match=r"not available yet.*--dataset_class"):
+        config.load(options_of(train_data_dir="x", resolution="512", dataset_class="a.B"))
 
 
-@pytest.mark.parametrize("name", ["in_json", "reg_data_dir", "dataset_class"])
-def test_other_sources_come_later(options_of, name):
-    with pytest.raises(UserError, match=f"not available yet.*--{name}"):
-        config.load(options_of(train_data_dir="x", resolution="512", **{name: "y"}))
+def test_metadata_file_on_the_command_line(options_of):
+    loaded = config.load(options_of(in_json="m.json", train_data_dir="d", dataset_repeats=3))
+    (subset,) = loaded.datasets[0].subsets
+    assert (subset.metadata_file, subset.image_dir, subset.num_repeats) == ("m.json", "d", 3)
+    assert loaded.datasets[0].resolution == NO_RESOLUTION
+    assert config.load(options_of(in_json="m.json")).datasets[0].subsets[0].image_dir == ""
+
+
+def test_pairs_on_the_command_line(options_of):
+    given = {"train_data_dir": "d", "conditioning_data_dir": "c", "resolution": "64", "caption_extension": "txt"}
+    loaded = config.load(options_of(masked_loss=True, **given))
+    (subset,) = loaded.datasets[0].subsets
+    assert (subset.image_dir, subset.conditioning_data_dir, subset.mask) == ("d", "c", "conditioning")
+    assert subset.caption_extension == ".txt"
+    with pytest.raises(UserError, match="--conditioning_data_dir - give --masked_loss"):
+        config.load(options_of(**given))
+    loaded = config.load(options_of(**given), config.Accepts(dreambooth=False, metadata=False, pairs=True))
+    assert loaded.datasets[0].subsets[0].mask == ""
+
+
+def test_regularization_folders_on_the_command_line(options_of, make_images, tmp_path):
+    make_images(tmp_path / "train" / "10_sks cat", {"a.png": (64, 64)})
+    make_images(tmp_path / "reg" / "2_cat", {"a.png": (64, 64)})
+    given = {"train_data_dir": str(tmp_path / "train"), "reg_data_dir": str(tmp_path / "reg"), "resolution": "64"}
+    subsets = config.load(options_of(**given)).datasets[0].subsets
+    assert [(s.num_repeats, s.class_tokens, s.is_reg) for s in subsets] == [(10, "sks cat", False), (2, "cat", True)]
 
 
 def test_command_line_alone(options_of, make_images, tmp_path):

@@ -129,8 +129,25 @@ def test_subset_folder_that_is_missing_empty_or_a_file(scan_toml, make_images, t
     messages = [(finding.error, finding.what, finding.hint) for finding in found.findings]
     assert (True, f"the folder {tmp_path / 'godo'} doesn't exist", f"did you mean {tmp_path / 'good'}?") in messages
     assert (False, f"the folder {tmp_path / 'empty'} is empty", "") in messages
-    assert any(hint == f"give {tmp_path / 'deep' / 'inner'}" for _, _, hint in messages)
+    assert any(hint == f"give {tmp_path / 'deep' / 'inner'}, or recursive = true" for _, _, hint in messages)
     assert any(error and "is a file" in what for error, what, _ in messages)
+
+
+def test_nothing_in_any_folder_inside(scan_toml, tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    text = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{(tmp_path / 'a').as_posix()}'\n"
+    found = scan_toml(text + "recursive = true\n")
+    assert "nor in the folders inside (b)" in found.findings[0].what
+
+
+def test_regularization_folders_of_another_layout(options_of, traits, make_images, tmp_path):
+    make_images(tmp_path / "train" / "2_cat", SMALL)
+    make_images(tmp_path / "reg", SMALL)
+    given = {"train_data_dir": str(tmp_path / "train"), "reg_data_dir": str(tmp_path / "reg"), "resolution": "64"}
+    found = sources.scan(config.load(options_of(**given)), traits, visible=False)
+    (error,) = [finding for finding in found.findings if finding.error]
+    assert error.where == f"--reg_data_dir {tmp_path / 'reg'}"
+    assert error.hint == f"move them to {tmp_path / 'reg' / '1_reg'}"
 
 
 def test_subsets_that_are_ignored(scan_toml, make_images, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from library.data.order import Lane, Order
+from library.data.order import Lane, Order, shared_out
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "dataset_scan.json").read_text("utf-8"))
 
@@ -46,7 +46,7 @@ LANES = [Lane(tuple(range(7)), 2), Lane(tuple(range(7, 20)), 2), Lane((20,), 2),
 def test_every_entry_comes_once_and_weights_make_means(world, accumulation):
     order = Order(LANES, 5)
     assert order.batches == 4 + 7 + 1 + 3
-    assert order.groups(world) == -(-15 // world)
+    assert order.groups(world) == sum(-(-len(lane) // (lane.batch_size * world)) for lane in LANES)
     assert order.steps(world, accumulation) == -(-order.groups(world) // accumulation)
     for number in (1, 2):
         epoch = order.epoch(number, world, accumulation)
@@ -119,3 +119,33 @@ def test_big_sets_cost_nothing_per_step():
     for index in range(0, 100_000, 100):
         epoch.share(index, 1)
     assert time.perf_counter() - started < 0.5
+
+
+@pytest.mark.parametrize(
+    ("slots", "counts", "wanted"),
+    [
+        (30, [100], [30]),
+        (4, [1, 1, 8], [1, 1, 2]),
+        (2, [5, 5, 5], [1, 1, 1]),
+        (9, [2, 3], [2, 3]),
+        (6, [10, 20], [2, 4]),
+    ],
+)
+def test_turns_are_dealt_so_that_nobody_waits_long(slots, counts, wanted):
+    assert shared_out(slots, counts) == wanted
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_entries_that_take_turns_are_all_seen_soon(world):
+    lane = Lane(tuple(range(30)), 4, taking_turns=tuple(range(100, 200)), turns=30)
+    order = Order([lane], 3)
+    seen: Counter[int] = Counter()
+    for number in range(1, 5):
+        epoch = [entry for group in order.epoch(number, world) for share in group.shares if share.weight
+                 for entry in share.entries]  # fmt: skip
+        assert sorted(entry for entry in epoch if entry < 100) == list(range(30))
+        assert len(epoch) == 60
+        seen.update(entry for entry in epoch if entry >= 100)
+    assert len(seen) == 100
+    assert set(seen.values()) == {1, 2}
+    assert sorted(order.epoch(2)[0].shares[0].entries) == sorted(Order([lane], 3).epoch(2)[0].shares[0].entries)

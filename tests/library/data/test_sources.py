@@ -27,24 +27,47 @@ def warnings_of(found: sources.Scan) -> list[str]:
 TEN = {f"{number}.png": (64, 64) for number in range(10)}
 
 
-def test_scan_equals_the_reference(options_of, make_images, traits, tmp_path, monkeypatch):
+@pytest.fixture
+def golden_tree(make_images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path, size in GOLDEN["files"].items():
         make_images(Path(path).parent, {Path(path).name: tuple(size)})
     for path, text in GOLDEN["caption_files"].items():
         Path(path).write_text(text, "utf-8")
-    given = {"train_data_dir": "train", "resolution": "512", "enable_bucket": True, "caption_extension": ".txt"}
-    found = sources.scan(config.load(options_of(**given)), traits, visible=False)
+
+
+GOLDEN_OPTIONS = {
+    "train_data_dir": "train",
+    "reg_data_dir": "reg",
+    "resolution": "512",
+    "enable_bucket": True,
+    "caption_extension": ".txt",
+}
+
+
+@pytest.mark.usefixtures("golden_tree")
+def test_scan_equals_the_reference(options_of, traits):
+    found = sources.scan(config.load(options_of(**GOLDEN_OPTIONS)), traits, visible=False)
     wanted = GOLDEN["cases"][0]["result"][0]["images"]
-    assert [item.path.replace("\\", "/") for item in found.items] == [path for path in wanted if path[:3] != "reg"]
+    assert [item.path.replace("\\", "/") for item in found.items] == list(wanted)
     for item in found.items:
         image = wanted[item.path.replace("\\", "/")]
-        if not item.path.endswith("d_100_120_60_80.png"):  # the reference takes another image's caption there
-            assert item.caption == image["caption"]
+        assert item.caption == image["caption"]
         assert item.repeats == image["num_repeats"]
+        assert item.subset.is_reg == image["is_reg"]
         assert list(item.original) == image["size"]
         assert list(item.assignment.bucket) == image["bucket"]
         assert list(item.assignment.resized) == image["resized"]
+    assert not found.reg_slots
+    errors_of_aspect = [abs(item.assignment.ar_error) for item in found.items]
+    wanted_error = GOLDEN["cases"][0]["result"][0]["bucket_info"]["mean_img_ar_error"]
+    assert sum(errors_of_aspect) / len(errors_of_aspect) == pytest.approx(wanted_error)
+
+
+@pytest.mark.usefixtures("golden_tree")
+def test_lines_for_wildcards_equal_the_reference(options_of, traits):
+    found = sources.scan(config.load(options_of(**GOLDEN_OPTIONS, enable_wildcard=True)), traits, visible=False)
+    assert {item.path.replace("\\", "/"): item.caption for item in found.items} == GOLDEN["cases"][1]["captions"]
 
 
 def test_text_files_that_nobody_would_read_stop_the_run(scan_toml, make_images, tmp_path):
@@ -87,30 +110,22 @@ def test_kinds_of_captions(scan_toml, make_images, tmp_path):
     make_images(tmp_path / "a", {f"{number}.png": (64, 64) for number in range(5)}, texts)
     more = 'caption_extension = ".txt"\ncaption_prefix = "a photo of"\ncaption_suffix = "now"\n'
     found = scan_toml(toml(tmp_path / "a", more))
-    captions = [item.caption for item in found.items]
-    assert captions == [
-        "a photo of one now",
-        "a photo of first now",
-        "a photo of  now",
-        "a photo of  now",
-        "a photo of tag, 画像 😀 now",
-    ]
+    captions = ["one", "first", "", "", "tag, 画像 😀"]
+    assert [item.caption for item in found.items] == captions
     (report,) = found.reports
     assert (report.images, report.captioned, report.empty, report.missing, report.multi_line) == (5, 3, 2, 0, 2)
-    assert report.samples == captions[:3]
+    assert report.samples == ["a photo of one now", "a photo of first now", "a photo of  now"]
 
 
-def test_secondary_separator(scan_toml, make_images, tmp_path):
-    make_images(tmp_path / "a", {"a.png": (64, 64)}, {"a.txt": "x;;;y, z"})
-    found = scan_toml(toml(tmp_path / "a", 'caption_extension = ".txt"\nsecondary_separator = ";;;"\n'))
-    assert found.items[0].caption == "x,y, z"
-
-
-def test_no_name_of_face_files(scan_toml, make_images, tmp_path):
-    """Upstream cuts four parts off the name and so takes the caption of another image."""
-    make_images(tmp_path / "a", {"d.png": (64, 64), "d_1_2_3_4.png": (64, 64)}, {"d.txt": "of d"})
-    found = scan_toml(toml(tmp_path / "a", 'caption_extension = ".txt"\n'))
-    assert [item.caption for item in found.items] == ["of d", ""]
+def test_names_of_face_files(scan_toml, make_images, tmp_path):
+    """A picture of a face shares the caption of what it was cut from, but not that of another image."""
+    names = {"d.png": (64, 64), "d_1_2_3_4.png": (64, 64), "e_1_2_30_40.png": (64, 64), "f_x_1_2_3.png": (64, 64)}
+    make_images(tmp_path / "a", names, {"d.txt": "of d", "e.txt": "of e", "f.txt": "of f"})
+    found = scan_toml(toml(tmp_path / "a", 'caption_extension = ".txt"\nface_crop_aug_range = [1.0, 2.0]\n'))
+    assert [item.caption for item in found.items] == ["of d", "", "of e", ""]
+    assert [item.face for item in found.items] == [None, (1, 2, 3, 4), (1, 2, 30, 40), None]
+    found = scan_toml(toml(make_images(tmp_path / "b", TEN), "face_crop_aug_range = [1.0, 2.0]\n"))
+    assert any("face_crop_aug_range does nothing" in what for what in warnings_of(found))
 
 
 def damage(folder: Path) -> set[str]:

@@ -40,11 +40,11 @@ def test_file_of_either_layout_gives_the_diffusers_model(tmp_path: Path, diffuse
     pixels = torch.rand(1, 3, 32, 16) * 2 - 1
     with torch.no_grad():
         posterior = expected.encode(pixels).latent_dist
-        mean = autoencoder.encode(vae, pixels)
+        mean = autoencoder.encode(vae, pixels).mean
         torch.testing.assert_close(mean, posterior.mean, rtol=1e-5, atol=1e-6)
         assert mean.shape == (1, 16, 4, 2)
         drawn = torch.randn(mean.shape)
-        sample = autoencoder.encode(vae, pixels, lambda shape: drawn)
+        sample = autoencoder.encode(vae, pixels).sample(drawn)
         torch.testing.assert_close(sample, posterior.mean + posterior.std * drawn, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(autoencoder.decode(vae, mean), expected.decode(mean).sample, rtol=1e-5, atol=1e-6)
 
@@ -56,7 +56,7 @@ def test_log_variance_is_not_clamped() -> None:
         def encoder(self, pixels: torch.Tensor) -> torch.Tensor:
             return torch.cat((torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 42.0)), dim=1)
 
-    sample = autoencoder.encode(Stub(), torch.zeros(1, 3, 8, 8), lambda shape: torch.ones(shape))
+    sample = autoencoder.encode(Stub(), torch.zeros(1, 3, 8, 8)).sample(torch.ones(1))
     torch.testing.assert_close(sample.item(), float(torch.exp(torch.tensor(21.0))))
 
 
