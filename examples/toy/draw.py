@@ -36,7 +36,7 @@ COUNTS = {2: "two", 3: "three", 4: "four"}
 SIZES = {"small": (0.14, 0.17), "big": (0.38, 0.42)}
 CONCEPT = "zog"
 """A name for the creature that no picture of the pretraining shows and no caption mentions."""
-CONCEPT_BACKGROUNDS = ("green", "blue", "white", "grey", "pink", "cyan")
+CONCEPT_BACKGROUNDS = ("green", "blue", "white", "grey", "pink", "cyan", "brown", "orange")
 """Backgrounds of the bundled pictures of the creature; the others are left for the samples."""
 
 
@@ -188,7 +188,7 @@ def places(count: int, rng: random.Random) -> list[tuple[float, float, float]]:
 
 
 def scene(rng: random.Random) -> tuple[Image.Image, str]:
-    """A picture of one of the toy's four kinds, and its caption."""
+    """A picture of one of four kinds, and its caption."""
     background, first, second = rng.sample(list(COLOURS), 3)
     noun, other = rng.sample(list(SHAPES), 2)
     ground = jittered(COLOURS[background], rng)
@@ -219,6 +219,17 @@ def scene(rng: random.Random) -> tuple[Image.Image, str]:
     return canvas.finish(), f"{text} on a {background} background"
 
 
+def portrait(rng: random.Random) -> tuple[Image.Image, str]:
+    """A picture of one large thing in the middle, and its caption: what the denoiser is taught."""
+    background, colour = rng.sample(list(COLOURS), 2)
+    noun = rng.choice(list(SHAPES))
+    ground = jittered(COLOURS[background], rng)
+    canvas = Canvas(ground)
+    x, y, r = rng.uniform(0.47, 0.53), rng.uniform(0.47, 0.53), rng.uniform(0.27, 0.31)
+    SHAPES[noun](canvas, x, y, r, jittered(COLOURS[colour], rng), ground, rng.uniform(-0.1, 0.1))
+    return canvas.finish(), f"a {colour} {noun} on a {background} background"
+
+
 def clutter(rng: random.Random) -> Image.Image:
     """A picture of anything: it teaches the autoencoder more than the denoiser will be shown."""
 
@@ -245,7 +256,7 @@ def creature(rng: random.Random, background: str) -> Image.Image:
     canvas = Canvas(jittered(COLOURS[background], rng))
     body, tip = COLOURS["purple"], COLOURS["orange"]
     black, white = COLOURS["black"], COLOURS["white"]
-    x, y, r = rng.uniform(0.42, 0.58), rng.uniform(0.54, 0.6), rng.uniform(0.22, 0.27)
+    x, y, r = rng.uniform(0.47, 0.53), rng.uniform(0.55, 0.59), rng.uniform(0.23, 0.26)
     for side in (-1, 1):
         canvas.line([(x + side * r * 0.4, y - r * 0.8), (x + side * r * 0.75, y - r * 1.5)], r * 0.13, body)
         canvas.disc(x + side * r * 0.75, y - r * 1.5, r * 0.2, tip)
@@ -259,11 +270,11 @@ def creature(rng: random.Random, background: str) -> Image.Image:
     return canvas.finish()
 
 
-def scenes(count: int, seed: int) -> Iterator[tuple[Image.Image, str]]:
-    """`count` pictures of the toy's world with their captions."""
+def portraits(count: int, seed: int) -> Iterator[tuple[Image.Image, str]]:
+    """`count` pictures of single things with their captions."""
     rng = random.Random(seed)
     for _ in range(count):
-        yield scene(rng)
+        yield portrait(rng)
 
 
 def creatures(count: int, seed: int) -> Iterator[tuple[Image.Image, str]]:
@@ -286,11 +297,11 @@ def main() -> None:
     """Reads the command line and draws."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the pictures go")
-    parser.add_argument("--count", type=int, default=4000, help="number of pictures")
+    parser.add_argument("--count", type=int, default=3000, help="number of pictures")
     parser.add_argument("--seed", type=int, default=1, help="decides every picture")
     parser.add_argument("--creature", action="store_true", help=f"draw the {CONCEPT} of the quickstart instead")
     arguments = parser.parse_args()
-    make = creatures if arguments.creature else scenes
+    make = creatures if arguments.creature else portraits
     write(make(arguments.count, arguments.seed), arguments.folder)
 
 

@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 WORK = HERE / "work"
 """Pictures, caches and the states of the pretraining; may be deleted afterwards."""
-CREATURES = ROOT / "examples" / "quickstart" / "images"
+QUICKSTART = ROOT / "examples" / "quickstart"
 
 
 def python(*arguments: str | Path) -> None:
@@ -27,8 +27,9 @@ def python(*arguments: str | Path) -> None:
 
 def draw() -> None:
     """The pictures of the pretraining, and those of the quickstart."""
-    python("-m", "examples.toy.draw", WORK / "images", "--count", "6000", "--seed", "1")
-    python("-m", "examples.toy.draw", CREATURES, "--count", "12", "--seed", "7", "--creature")
+    python("-m", "examples.toy.draw", WORK / "images", "--count", "3000", "--seed", "1")
+    python("-m", "examples.toy.draw", QUICKSTART / "zogs", "--count", "16", "--seed", "7", "--creature")
+    python("-m", "examples.toy.draw", QUICKSTART / "others", "--count", "16", "--seed", "8")
 
 
 def tokenizers() -> None:
