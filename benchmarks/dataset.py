@@ -51,7 +51,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             result[name] = alone(scan, str(tree), path)
     for part in (4, 2, 1) if args.simulated else ():
         result[f"{args.simulated // part} simulated images"] = alone(simulate, args.simulated // part)
-    if args.json:
+    show(result, as_json=args.json)
+
+
+def show(result: dict[str, dict[str, Any]], *, as_json: bool) -> None:
+    """Prints a line for each measurement, or JSON."""
+    if as_json:
         print(json.dumps(result, indent=2))
         return
     width = max(map(len, result))

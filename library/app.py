@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import set_seed
 
-from library import caching, devices, inspection, log, run_data
+from library import caching, devices, garbage, inspection, log, run_data
 from library.assembly import Job, Precision, Setting, assemble
 from library.data import reports
 from library.data.dataset import TrainingData
@@ -42,6 +43,7 @@ from library.train.room import Room, check_cache_room, check_disk
 from library.types import Finding, Models, errors
 
 if TYPE_CHECKING:
+    from library.data.sources import Scan
     from library.options import Options
 
 logger = log.get_logger(__name__)
@@ -49,41 +51,22 @@ logger = log.get_logger(__name__)
 
 def train(family_class: type[Family], method_class: type[Method], options: Options) -> None:
     """Trains as the options say."""
-    options, findings = preflight.settle(options)
-    family = family_class.from_options(options)
-    method = method_class.from_options(options, family.encoder_names)
-    state_folder = _state_to_resume(options)
-    scan = run_data.find(options, family)
-    findings += [*scan.findings, *family.findings(), *preflight.check_combinations(options)]
-    findings += preflight.check_paths(options, load_prompts)
-    if errors(findings) or not scan.items:
-        preflight.report(findings)
-    _show("data", reports.caption_table(scan.items, scan.reports))
-    family.load_tokenizers()
-    data, precision = run_data.of_scan(options, scan, family, 0), Precision.from_options(options)
-    caches = caching.look(options, family, data, precision, method.changes_to_encoders())
-    plan = _plan(options, data, _room(family, method, options, precision, caches))
-    regularization = data.regularization_line()
-    _show("plan", [*plan.lines(), *([regularization] if regularization else [])])
-    forecast = _forecast(family, method, options, precision)
-    _show("memory", forecast)
-    folders = Path(options[SaveOptions].output_dir or "."), Path(scan.items[0].path).parent
-    preflight.report([*findings, *caches.findings(), *check_disk(plan, *folders)])
-    if options[DatasetOptions].dry_run or options[DatasetOptions].debug_dataset:
-        if processes.is_main():
-            inspection.inspect(options, family, data, [*plan.lines(), *forecast])
+    with garbage.left_alone():
+        ready = _prepare(family_class, method_class, options)
+    options, family = ready.options, ready.family
+    if _only_looks(options):
         return
-
     accelerator = processes.start(options)
     preflight.report(preflight.check_device(accelerator.device.type))
+    seed = processes.agree(_seed(options, ready.state_folder))
     job = Job(
         options=options,
         family=family,
-        method=method,
-        data=run_data.of_scan(options, scan, family, processes.agree(_seed(options, state_folder)), plan),
-        plan=plan,
-        precision=precision,
-        caches=caches,
+        method=ready.method,
+        data=run_data.of_scan(options, ready.scan, family, seed, ready.plan),
+        plan=ready.plan,
+        precision=ready.precision,
+        caches=ready.caches,
         accelerator=accelerator,
         ranks=Ranks.of_this_process(accelerator.device),
     )
@@ -92,11 +75,66 @@ def train(family_class: type[Family], method_class: type[Method], options: Optio
     try:
         conditions = _encode_what_is_cached(job)
         _load_and_attach(job, conditions.models)
-        assembled = assemble(job, conditions, state_folder)
+        assembled = assemble(job, conditions, ready.state_folder)
         with assembled:
             loop.fit(assembled.run)
     finally:
         watch.stop()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ready:
+    """What is known before a weight is loaded."""
+
+    options: Options
+    family: Family
+    method: Method
+    scan: Scan
+    precision: Precision
+    caches: caching.Caches
+    plan: Plan
+    state_folder: Path | None
+
+
+def _prepare(family_class: type[Family], method_class: type[Method], options: Options) -> _Ready:
+    """Looks at everything that the options name and shows what will be done. Errors: all that is wrong, at once."""
+    options, findings = preflight.settle(options)
+    family = family_class.from_options(options)
+    method = method_class.from_options(options, family.encoder_names)
+    state_folder = _state_to_resume(options)
+    scan = run_data.find(options, family)
+    findings += [*scan.findings, *family.findings(), *preflight.check_combinations(options)]
+    findings += preflight.check_paths(options, load_prompts)
+    if errors(findings) or not scan.items:
+        preflight.report([*findings, *preflight.check_rates(options)])
+    _show("data", reports.caption_table(scan.items, scan.reports))
+    data, precision = run_data.of_scan(options, scan, family, 0), Precision.from_options(options)
+    caches = caching.look(options, family, data, precision, method.changes_to_encoders())
+    plan = _plan(options, data, _room(family, method, options, precision, caches))
+    regularization = data.regularization_line()
+    _show("plan", [*plan.lines(), *([regularization] if regularization else [])])
+    forecast = _forecast(family, method, options, precision)
+    _show("memory", forecast)
+    family.load_tokenizers()
+    folders = Path(options[SaveOptions].output_dir or "."), Path(scan.items[0].path).parent
+    preflight.report([*findings, *preflight.check_rates(options), *caches.findings(), *check_disk(plan, *folders)])
+    if _only_looks(options) and processes.is_main():
+        inspection.inspect(options, family, data, [*plan.lines(), *forecast])
+    return _Ready(
+        options=options,
+        family=family,
+        method=method,
+        scan=scan,
+        precision=precision,
+        caches=caches,
+        plan=plan,
+        state_folder=state_folder,
+    )
+
+
+def _only_looks(options: Options) -> bool:
+    group = options[DatasetOptions]
+    return group.dry_run or group.debug_dataset
 
 
 def cache_latents(options: Options) -> None:
@@ -270,6 +308,9 @@ def _fill_only(options: Options, fill: Callable[[Setting], None]) -> None:
     _show("data", reports.caption_table(scan.items, scan.reports))
     family.load_tokenizers()
     data, precision = run_data.of_scan(options, scan, family, 0), Precision.from_options(options)
+    if _only_looks(options):
+        inspection.inspect(options, family, data, ())
+        return
     caches = caching.look(options, family, data, precision, encoder_types=_encoder_types(options, precision))
     preflight.report(
         check_cache_room(caches.bytes_needed(family, processes.world_size()), Path(scan.items[0].path).parent)

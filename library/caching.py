@@ -88,7 +88,7 @@ def look(
     if latents.cache_latents:
         settings = replace(
             same,
-            identity=family.vae_identity(),
+            identity=family.vae_identity() if latents.cache_latents_to_disk else "",
             dtype=str(precision.vae),
             to_disk=latents.cache_latents_to_disk,
         )
@@ -96,7 +96,7 @@ def look(
     if text.cache_text_encoder_outputs:
         settings = replace(
             same,
-            identity=family.text_identity() + changes_to_encoders,
+            identity=family.text_identity() + changes_to_encoders if text.cache_text_encoder_outputs_to_disk else "",
             dtype=str(precision.frozen) if encoder_types is None else encoder_types,
             to_disk=text.cache_text_encoder_outputs_to_disk,
         )

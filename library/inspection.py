@@ -24,6 +24,7 @@ logger = log.get_logger(__name__)
 SAMPLES = 60
 SAMPLES_OF_EACH_SUBSET = 3
 """At least so many, however small a subset is beside others."""
+MOST_SAMPLES = 500
 
 
 def inspect(options: Options, family: Family, data: TrainingData, facts: Sequence[str]) -> None:
@@ -57,12 +58,9 @@ def _rows(data: TrainingData) -> Iterator[SheetRow]:
                 ("mirrored", sample.view.mirrored),
                 ("regularisation", item.subset.is_reg),
                 (f"x {item.repeats}", item.repeats > 1),
-                ("only its cache is left", item.gone),
             )
             if holds
         ]
-        if item.gone:
-            continue
         try:
             picture = load_picture(item, sample.view, conditioning=data.conditioned)
         except DataError as error:
@@ -86,6 +84,8 @@ def _chosen(data: TrainingData) -> Iterator[Sample]:
     for group in data.epoch_batches(1):
         for sample in samples_of(data, group.shares[0], Clock(0, 1)):
             of_subset = shown.get(sample.item.subset.where + sample.item.subset.name, 0)
+            if sample.item.gone or count >= MOST_SAMPLES:
+                continue
             if count < SAMPLES or of_subset < SAMPLES_OF_EACH_SUBSET:
                 shown[sample.item.subset.where + sample.item.subset.name] = of_subset + 1
                 count += 1

@@ -67,6 +67,7 @@ def of_scan(options: Options, scan: sources.Scan, family: Family, seed: int, pla
     prior = options[PriorLossOptions].prior_loss_weight if options.has(PriorLossOptions) else 1.0
     variants = options[TextCacheOptions].text_cache_variants
     data = TrainingData(scan, family.traits, seed, prior_loss_weight=prior, text_variants=variants)
+    data.words_from_cache = options[TextCacheOptions].cache_text_encoder_outputs
     data.total_steps = plan.total_steps if plan is not None else 0
     return data
 

@@ -154,6 +154,10 @@ class Posterior(NamedTuple):
         """(B, C, h, w): latents, from normal numbers."""
         return self.mean + self.deviation * noise
 
+    def row(self, index: int) -> Posterior:
+        """That of one image, (C, h, w)."""
+        return Posterior(self.mean[index], self.deviation[index])
+
 
 @dataclass(kw_only=True)
 class Models:

@@ -48,6 +48,14 @@ def _dumps(data: object) -> str:
 
 
 @pytest.fixture(autouse=True)
+def _own_cache_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps what programs remember out of the user's folder."""
+    folder = str(tmp_path_factory.getbasetemp() / "cache")
+    for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(variable, folder)
+
+
+@pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
     """Undoes what `log.setup` did."""
     root = logging.getLogger()

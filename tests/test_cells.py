@@ -218,7 +218,7 @@ def test_two_processes_give_the_weights_of_one(make_cell: MakeCell, images: Path
     two.launch(2, *common, "--train_batch_size", "1", "--save_state")
     weights = two.weights()
     distances = {name: float((tensor - weights[name]).abs().max()) for name, tensor in one.weights().items()}
-    assert max(distances.values()) < 1e-6, distances
+    assert max(distances.values()) < 5e-6, distances
     assert read_json(two.output / "run-state" / "train_state.json")["current_step"] == 6
 
 

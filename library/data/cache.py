@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
 from library.data.cache_names import CacheNames
-from library.data.images import Picture, load_picture, to_tensor
+from library.data.images import load_picture, to_tensor
 from library.data.latents import Drawn, Encoded, LatentsEntry, LatentsFiles, LatentsMemory, LatentsStore, image_seed
 from library.data.progress import Progress
 from library.data.texts import TextEntry, TextFiles, TextMemory, TextStore
@@ -33,6 +33,8 @@ THREADS = min(16, 2 * (os.cpu_count() or 1))
 IMAGES_AHEAD = 2 * THREADS
 """Decoded images that may wait for the encoder."""
 WRITES_AHEAD = 64
+CHECKED_AT_ONCE = 32
+"""Files that a thread looks at before it asks for more."""
 
 EncodeImages = Callable[["Tensor"], Posterior]
 """The posterior of the latents (B, C, h, w) of pixels (B, 3, H, W) in [-1, 1]."""
@@ -177,13 +179,22 @@ def check_text(data: TrainingData, settings: CacheSettings) -> TextCheck:
 def _checked(check: Check[StoreT, EntryT], settings: CacheSettings) -> Check[StoreT, EntryT]:
     mine = _share(check.store.entries, settings)
     check.total = len(mine)
-    problem: Callable[[EntryT], str | None] = check.store.problem  # type: ignore[assignment]
+    problem: Callable[[Any], str | None] = check.store.problem
+    if not settings.to_disk:
+        check.stale = {entry.number: reason for entry in mine if (reason := problem(entry)) is not None}
+        return check
     title = f"checking cached {check.kind}"
+    pieces = [mine[start : start + CHECKED_AT_ONCE] for start in range(0, len(mine), CHECKED_AT_ONCE)]
+
+    def look(piece: list[EntryT]) -> list[str | None]:
+        return [problem(entry) for entry in piece]
+
     with ThreadPoolExecutor(THREADS) as pool, Progress(title, len(mine), "files", visible=settings.visible) as bar:
-        for entry, reason in zip(mine, pool.map(problem, mine), strict=True):
-            bar.advance()
-            if reason is not None:
-                check.stale[entry.number] = reason
+        for piece, reasons in zip(pieces, pool.map(look, pieces), strict=True):
+            bar.advance(len(piece))
+            check.stale |= {
+                entry.number: reason for entry, reason in zip(piece, reasons, strict=True) if reason is not None
+            }
     return check
 
 
@@ -211,9 +222,12 @@ def fill_latents(
     title, summary = "caching latents", check.summary
     with _Writer() as writer, Progress(title, len(stale), "images", visible=visible) as bar:
         for batch in _decoded(_batches(stale, batch_size), failures):
-            if batch.entries:
-                for entry, encoded in zip(batch.entries, _encoded(encode, batch), strict=True):
-                    writer.submit(store.save, entry, encoded)
+            if not batch.entries:
+                continue
+            straight = _finite(encode(batch.pixels), batch.entries)
+            mirrored = _finite(encode(batch.pixels.flip(-1)), batch.entries) if batch.entries[0].mirrored else None
+            for row, (entry, mask) in enumerate(zip(batch.entries, batch.masks, strict=True)):
+                writer.submit(_keep, store, entry, straight.row(row), mirrored and mirrored.row(row), mask)
             bar.advance(len(batch.entries))
     raise_all(failures)
     data.latents = store
@@ -232,24 +246,17 @@ class _Batch:
     """(H, W) in [0, 1]"""
 
 
-def _encoded(encode: EncodeImages, batch: _Batch) -> list[Encoded]:
-    """What is kept of the entries of a batch, on the CPU."""
-    straight = _finite(encode(batch.pixels), batch.entries)
-    turned = _finite(encode(batch.pixels.flip(-1)), batch.entries) if batch.entries[0].mirrored else None
-    return [
-        Encoded(
-            straight=_drawn(straight, row, image_seed(entry.item)),
-            mirrored=None if turned is None else _drawn(turned, row, image_seed(entry.item, mirrored=True)),
-            mask=mask,
-        )
-        for row, (entry, mask) in enumerate(zip(batch.entries, batch.masks, strict=True))
-    ]
+def _keep(
+    store: LatentsStore, entry: LatentsEntry, straight: Posterior, mirrored: Posterior | None, mask: Tensor | None
+) -> None:
+    """Keeps an entry with latents drawn from its posteriors, each (C, h, w)."""
+    turned = None if mirrored is None else _drawn(mirrored, image_seed(entry.item, mirrored=True))
+    store.save(entry, Encoded(straight=_drawn(straight, image_seed(entry.item)), mirrored=turned, mask=mask))
 
 
-def _drawn(posterior: Posterior, row: int, seed: int) -> Drawn:
-    mean, deviation = posterior.mean[row : row + 1], posterior.deviation[row : row + 1]
-    sample = Posterior(mean, deviation).sample(Draws([seed]).posterior(mean.shape[1:]))
-    return Drawn(sample[0], mean[0], deviation[0])
+def _drawn(posterior: Posterior, seed: int) -> Drawn:
+    noise = Draws([seed]).posterior(tuple(posterior.mean.shape))[0]
+    return Drawn(posterior.sample(noise), *posterior)
 
 
 def _batches(entries: Iterable[LatentsEntry], batch_size: int) -> list[list[LatentsEntry]]:
@@ -267,26 +274,29 @@ def _batches(entries: Iterable[LatentsEntry], batch_size: int) -> list[list[Late
 
 def _decoded(batches: Iterable[list[LatentsEntry]], failures: list[DataError]) -> Iterator[_Batch]:
     """Batches with pixels and masks, decoded ahead by many threads; images that fail are left out and noted."""
-    waiting: deque[tuple[list[LatentsEntry], list[Future[Picture]]]] = deque()
+    waiting: deque[tuple[list[LatentsEntry], list[Future[tuple[Tensor, Tensor | None]]]]] = deque()
     pool = ThreadPoolExecutor(THREADS)
 
-    def decode(entry: LatentsEntry) -> Picture:
-        return load_picture(entry.item, still(entry.item))
+    def decode(entry: LatentsEntry) -> tuple[Tensor, Tensor | None]:
+        picture = load_picture(entry.item, still(entry.item))
+        return to_tensor(picture.pixels), None if picture.mask is None else torch.from_numpy(picture.mask)
 
     def collected() -> _Batch:
         entries, futures = waiting.popleft()
         good: list[LatentsEntry] = []
-        pictures: list[Picture] = []
+        rows: list[Tensor] = []
+        masks: list[Tensor | None] = []
         for entry, future in zip(entries, futures, strict=True):
             try:
-                pictures.append(future.result())
+                row, mask = future.result()
             except DataError as error:
                 failures.append(error)
             else:
                 good.append(entry)
-        rows = [to_tensor(picture.pixels) for picture in pictures]
-        masks = [None if picture.mask is None else torch.from_numpy(picture.mask) for picture in pictures]
-        return _Batch(good, torch.stack(rows) if rows else torch.empty(0), masks)
+                rows.append(row)
+                masks.append(mask)
+        pixels = torch.stack(rows) if len(rows) > 1 else rows[0][None] if rows else torch.empty(0)
+        return _Batch(good, pixels, masks)
 
     try:
         for batch in batches:

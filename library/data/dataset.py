@@ -31,6 +31,8 @@ class TrainingData:
     ) -> None:
         self.scan, self.config, self.traits, self.seed = scan, scan.config, traits, seed
         self.prior_loss_weight, self.text_variants = prior_loss_weight, text_variants
+        self.words_from_cache = False
+        """Whether captions are worded as they are cached, also before the cache is filled."""
         self.total_steps = 0
         """Length of the run in optimizer steps, once it is known: the token warm-up may be a share of it."""
         self.items: Sequence[Item] = scan.items

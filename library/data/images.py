@@ -143,4 +143,4 @@ def to_tensor(pixels: Pixels) -> Tensor:
     """(3, H, W) float32 in [-1, 1] of (H, W, 3) pixels."""
     import torch
 
-    return torch.from_numpy(pixels).permute(2, 0, 1).float().div(127.5).sub(1)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div(127.5).sub(1)

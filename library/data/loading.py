@@ -8,7 +8,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,7 +75,7 @@ def samples_of(data: TrainingData, share: Share, clock: Clock) -> list[Sample]:
         item, draw = data.items[index], mix(data.seed, share.epoch, share.position + offset)
         view = drawn(item, random.Random(mix(draw, VIEW_STREAM)))
         generator = random.Random(mix(draw, CAPTION_STREAM))
-        if data.cond is None:
+        if data.cond is None and not data.words_from_cache:
             text = caption(item.caption, item.subset, generator, moment)
         else:
             text = draw_cached(item.caption, item.subset, data.text_variants, TEXT_SEED, generator, moment)
@@ -150,13 +150,12 @@ class Loader:
 
     def batches(self, shares: Sequence[Share], clock: Clock, tokenize: Tokenize | None) -> Iterator[Batch]:
         """The batches of some shares."""
-        for share, samples, images, cond in self._loaded(shares, clock):
-            yield self._batch(share, samples, images, cond, tokenize)
+        for batch in self._made(shares, clock):
+            # tokenizers are not for several threads at once
+            yield batch if tokenize is None else replace(batch, tokens=tokenize(batch.captions))
 
-    def _loaded(
-        self, shares: Sequence[Share], clock: Clock
-    ) -> Iterator[tuple[Share, list[Sample], Images, Cond | None]]:
-        """Shares with latents or pixels, and text outputs."""
+    def _made(self, shares: Sequence[Share], clock: Clock) -> Iterator[Batch]:
+        """Batches without tokens, some of them ahead of time."""
         if self._pool is None or self.data.latents is not None:
             yield from _ahead(partial(self._load, clock), shares)
             return
@@ -165,20 +164,19 @@ class Loader:
         for share, images in zip(shares, self._pool, strict=True):
             if isinstance(images, UserError):
                 raise images
-            samples = drawn_ahead.popleft()
-            yield share, samples, images, self._cond(samples)
+            yield self._batch(share, drawn_ahead.popleft(), images)
 
     def _remembered(self, drawn_ahead: deque[list[Sample]], share: Share, clock: Clock) -> list[Sample]:
         samples = samples_of(self.data, share, clock)
         drawn_ahead.append(samples)
         return samples
 
-    def _load(self, clock: Clock, share: Share) -> tuple[Share, list[Sample], Images, Cond | None]:
+    def _load(self, clock: Clock, share: Share) -> Batch:
         samples = samples_of(self.data, share, clock)
         images = self._pictures[samples] if self.data.latents is None else self._cached(self.data.latents, samples)
         if isinstance(images, UserError):
             raise images
-        return share, samples, images, self._cond(samples)
+        return self._batch(share, samples, images)
 
     def _cached(self, latents: LatentsStore, samples: Sequence[Sample]) -> Images:
         loaded = [latents.load(each.index, each.view.mirrored, each.draw) for each in samples]
@@ -192,9 +190,7 @@ class Loader:
         cond = self.data.cond
         return None if cond is None else stacked([cond.load(each.index, each.text) for each in samples])
 
-    def _batch(
-        self, share: Share, samples: Sequence[Sample], images: Images, cond: Cond | None, tokenize: Tokenize | None
-    ) -> Batch:
+    def _batch(self, share: Share, samples: Sequence[Sample], images: Images) -> Batch:
         items, texts = [each.item for each in samples], [each.text for each in samples]
         settings = self.data.config.datasets[items[0].dataset]
         weights = [self.data.prior_loss_weight if item.subset.is_reg else 1.0 for item in items]
@@ -203,8 +199,7 @@ class Loader:
             captions=texts,
             latents=images.latents,
             pixels=None if images.pixels is None else _scaled(images.pixels),
-            cond=cond,
-            tokens=None if tokenize is None else tokenize(texts),
+            cond=self._cond(samples),
             conditioning=None if images.conditioning is None else _scaled(images.conditioning),
             mask=images.mask,
             loss_weights=torch.tensor(weights) * share.weight,
@@ -223,7 +218,7 @@ class Loader:
 
 def _scaled(pixels: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] of (B, H, W, 3) uint8."""
-    return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 
 class _Jobs:
@@ -245,9 +240,9 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-def _ahead(load: Callable[[Share], Any], shares: Sequence[Share]) -> Iterator[Any]:
+def _ahead(load: Callable[[Share], Batch], shares: Sequence[Share]) -> Iterator[Batch]:
     """The results in order, a few of them computed ahead by threads."""
-    waiting: deque[Future[Any]] = deque()
+    waiting: deque[Future[Batch]] = deque()
     pool = ThreadPoolExecutor(BATCHES_AHEAD, thread_name_prefix="batches")
     try:
         for share in shares:

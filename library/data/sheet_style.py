@@ -20,7 +20,7 @@ h1 { margin: 0 0 .6rem; font-size: 1.5rem; }
 h2 { margin: 1.6rem 0 .3rem; font-size: 1.15rem; overflow-wrap: anywhere; }
 p { margin: .3rem 0; }
 .facts { margin: 0; padding: .7rem 1rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
-.facts li { list-style: none; white-space: pre-wrap; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.facts li { list-style: none; white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.5 monospace; }
 .buckets { display: block; width: 100%; max-width: 32rem; height: auto; }
 .buckets text { fill: var(--text); font-size: 12px; dominant-baseline: central; }
 .buckets .size { text-anchor: end; fill: var(--quiet); }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from library import garbage
 from library.data import buckets, captions
 from library.data.buckets import Assignment
 from library.data.cache_info import CacheInfo
@@ -62,7 +61,7 @@ def scan(
     shelf = Shelf(cache, ignore_orientation=ignore_exif_orientation, thorough=skip_bad_images)
     finder = Finder(shelf, traits.latents_suffix if use_gone else None, skip_bad_images)
     result = Scan(config, findings=list(config.findings))
-    with _garbage_left_alone():
+    with garbage.left_alone():
         searches = [
             finder.search(subset, index)
             for index, settings in enumerate(config.datasets)
@@ -90,18 +89,6 @@ def scan(
         )
     result.findings = condensed(result.findings, strict=strict)
     return result
-
-
-@contextmanager
-def _garbage_left_alone() -> Iterator[None]:
-    """Spares the search for garbage among very many new objects, none of which is garbage yet."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 # what is looked for

@@ -40,7 +40,7 @@ _LONG = 10**9
 def check(options: Options) -> list[Finding]:
     """All that is found; `where` is the flag of the option."""
     checks = (
-        *(_check_precision, _check_optimizer, _check_rates, _check_trackers, _check_saving, _check_hub),
+        *(_check_precision, _check_optimizer, _check_trackers, _check_saving, _check_hub),
         *(_check_network, _check_noise, idle_options),
     )
     return [finding for check in checks for finding in check(options)]
@@ -83,8 +83,11 @@ def _check_optimizer(options: Options) -> Iterator[Finding]:
             yield error("both step in the backward pass", f"{option}, --fused_backward_pass", "choose one of the two")
 
 
-def _check_rates(options: Options) -> Iterator[Finding]:
-    """Makes optimizer and schedule for a weight of no use, to see whether their names and arguments will do."""
+def check_rates(options: Options) -> Iterator[Finding]:
+    """Makes optimizer and schedule for a weight of no use, to see whether their names and arguments will do.
+
+    The first optimizer of a process takes seconds, in which torch loads its compiler.
+    """
     optimizer, schedule = _group(options, OptimizerOptions), _group(options, ScheduleOptions)
     if optimizer is None or schedule is None:
         return

@@ -105,6 +105,11 @@ def check_combinations(options: Options) -> list[Finding]:
     return _located(combinations.check(options), options)
 
 
+def check_rates(options: Options) -> list[Finding]:
+    """Whether optimizer and schedule can be made; takes seconds."""
+    return _located(combinations.check_rates(options), options)
+
+
 def check_device(device_type: str) -> list[Finding]:
     """A warning when the training would run on the CPU."""
     if device_type != "cpu":

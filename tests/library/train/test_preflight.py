@@ -28,6 +28,7 @@ from library.train.preflight import (
     check_device,
     check_output_name,
     check_paths,
+    check_rates,
     check_writable,
     report,
     settle,
@@ -200,7 +201,8 @@ BAD = [
 
 @pytest.mark.parametrize(("values", "text"), BAD, ids=lambda value: value if isinstance(value, str) else "")
 def test_options_that_contradict_one_another(values, text):
-    assert text in errors_of(check_combinations(options(**values)))
+    found = options(**values)
+    assert text in errors_of([*check_combinations(found), *check_rates(found)])
 
 
 @pytest.mark.parametrize(
@@ -217,7 +219,8 @@ def test_options_that_contradict_one_another(values, text):
     ],
 )
 def test_options_that_go_together(values):
-    assert errors_of(check_combinations(options(**values))) == ""
+    found = options(**values)
+    assert errors_of([*check_combinations(found), *check_rates(found)]) == ""
 
 
 @pytest.mark.parametrize(
