@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from library import garbage
 from library.log import command
 from library.option_groups import FLUX_MINIMAL_INFERENCE
 from library.options import parse
@@ -13,7 +14,8 @@ from library.options import parse
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the options, which needs none of the heavy imports below, and makes images."""
     options = parse(FLUX_MINIMAL_INFERENCE, argv)
-    from library.generate.flux import generate
+    with garbage.left_alone():
+        from library.generate.flux import generate
 
     generate(options)
 

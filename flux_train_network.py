@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from library import garbage
 from library.log import command
 from library.option_groups import FLUX_TRAIN_NETWORK
 from library.options import parse
@@ -13,9 +14,10 @@ from library.options import parse
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the options, which needs none of the heavy imports below, and trains."""
     options = parse(FLUX_TRAIN_NETWORK, argv)
-    from library.app import train
-    from library.families.flux import Flux
-    from library.methods.adapter import Adapter
+    with garbage.left_alone():
+        from library.app import train
+        from library.families.flux import Flux
+        from library.methods.adapter import Adapter
 
     train(Flux, Adapter, options)
 

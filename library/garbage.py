@@ -1,4 +1,4 @@
-"""Spares Python's search for garbage where very many objects are made that stay."""
+"""Spares Python's search for garbage where very many objects are made that stay, as in importing torch."""
 
 from __future__ import annotations
 

@@ -808,7 +808,6 @@ class ShowMetadataOptions:
 
 _DATASET_PENDING = {
     "dataset_class": "own dataset classes come later; use --dataset_config",
-    "conditioning_data_dir": "ControlNet training comes later; for masks name the folder in --dataset_config",
     "model_type=chroma": "Chroma comes later",
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from library import garbage
 from library.log import command
 from library.option_groups import CACHE_LATENTS
 from library.options import parse
@@ -17,7 +18,8 @@ from library.options import parse
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the options, which needs none of the heavy imports below, and fills the cache."""
     options = parse(CACHE_LATENTS, argv)
-    from library.app import cache_latents
+    with garbage.left_alone():
+        from library.app import cache_latents
 
     cache_latents(options)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from library import garbage
 from library.log import command
 from library.option_groups import CACHE_TEXT_ENCODER_OUTPUTS
 from library.options import parse
@@ -17,7 +18,8 @@ from library.options import parse
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the options, which needs none of the heavy imports below, and fills the cache."""
     options = parse(CACHE_TEXT_ENCODER_OUTPUTS, argv)
-    from library.app import cache_text_encoder_outputs
+    with garbage.left_alone():
+        from library.app import cache_text_encoder_outputs
 
     cache_text_encoder_outputs(options)
 

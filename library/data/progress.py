@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -44,7 +45,11 @@ class Progress:
             self._bar.update(self._task, advance=count, rate=self.rate())
         elif self._visible and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            logger.info("%s: %d of %d, %s", self.description, self.done, self.total, self.rate())
+            left = (self.total - self.done) * (self._last_line - self._started) / max(self.done, 1)
+            logger.info(
+                "%s: %d of %d, %s, %s left",
+                *(self.description, self.done, self.total, self.rate(), timedelta(seconds=round(left))),
+            )
 
     def rate(self) -> str:
         """The speed so far."""
