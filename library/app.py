@@ -80,6 +80,7 @@ def train(family_class: type[Family], method_class: type[Method], options: Optio
             loop.fit(assembled.run)
     finally:
         watch.stop()
+    processes.leave()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,6 +328,7 @@ def _fill_only(options: Options, fill: Callable[[Setting], None]) -> None:
             ranks=Ranks.of_this_process(accelerator.device),
         )
     )
+    processes.leave()
 
 
 def _encoder_types(options: Options, precision: Precision) -> str | None:
