@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,13 +40,16 @@ from library.train.forecast import Forecast
 from library.train.plan import Plan, make_plan
 from library.train.ranks import Ranks
 from library.train.room import Room, check_cache_room, check_disk
-from library.types import Finding, Models, errors
+from library.types import DENOISER, Finding, Models, errors
 
 if TYPE_CHECKING:
     from library.data.sources import Scan
     from library.options import Options
 
 logger = log.get_logger(__name__)
+
+Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""Of the tensors of each part of a model."""
 
 
 def train(family_class: type[Family], method_class: type[Method], options: Options) -> None:
@@ -111,10 +114,12 @@ def _prepare(family_class: type[Family], method_class: type[Method], options: Op
     _show("data", reports.caption_table(scan.items, scan.reports))
     data, precision = run_data.of_scan(options, scan, family, 0), Precision.from_options(options)
     caches = caching.look(options, family, data, precision, method.changes_to_encoders())
-    plan = _plan(options, data, _room(family, method, options, precision, caches))
+    shapes = family.part_shapes()
+    trained = method.trained_elements(shapes)
+    plan = _plan(options, data, _room(options, trained, precision, caches.bytes_needed(family, processes.world_size())))
     regularization = data.regularization_line()
     _show("plan", [*plan.lines(), *([regularization] if regularization else [])])
-    forecast = _forecast(family, method, options, precision)
+    forecast = _forecast(options, method, shapes, trained, precision)
     _show("memory", forecast)
     family.load_tokenizers()
     folders = Path(options[SaveOptions].output_dir or "."), Path(scan.items[0].path).parent
@@ -177,15 +182,16 @@ def _state_to_resume(options: Options) -> Path | None:
     return found
 
 
-def _forecast(family: Family, method: Method, options: Options, precision: Precision) -> list[str]:
-    shapes = family.part_shapes()
-    kept = family.encoder_names
+def _forecast(
+    options: Options, method: Method, shapes: Shapes, trained_elements: int, precision: Precision
+) -> list[str]:
+    kept = [name for name in shapes if name != DENOISER]
     if options[TextCacheOptions].cache_text_encoder_outputs:
-        kept = tuple(name for name in kept if name in method.trained_encoders())
+        kept = [name for name in kept if name in method.trained_encoders()]
     return Forecast.of(
         shapes,
         kept=kept,
-        trained_elements=method.trained_elements(shapes),
+        trained_elements=trained_elements,
         beside=options.has(NetworkOptions),
         frozen_size=precision.frozen.itemsize,
         trained_size=precision.trained.itemsize,
@@ -193,15 +199,10 @@ def _forecast(family: Family, method: Method, options: Options, precision: Preci
     ).lines()
 
 
-def _room(family: Family, method: Method, options: Options, precision: Precision, caches: caching.Caches) -> Room:
+def _room(options: Options, trained_elements: int, precision: Precision, cache_bytes: int) -> Room:
     name = options[SaveOptions].save_precision
     saved = precision.trained if name is None else devices.dtype_of(name)
-    return Room.of_training(
-        method.trained_elements(family.part_shapes()),
-        precision.trained.itemsize,
-        saved.itemsize,
-        caches.bytes_needed(family, processes.world_size()),
-    )
+    return Room.of_training(trained_elements, precision.trained.itemsize, saved.itemsize, cache_bytes)
 
 
 def _plan(options: Options, data: TrainingData, room: Room) -> Plan:

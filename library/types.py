@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 Cond = dict[str, "Tensor"]
 """What the text encoders said: array name -> tensor with a leading batch axis; names as in the text cache file."""
 
+DENOISER = "unet"
+"""Name of the denoiser among the parts of a model, whatever kind of network it is; the others are text encoders."""
+
 Tokens = dict[str, "Tensor"]
 """Token ids and masks by name, each (B, L), int64."""
 

@@ -16,6 +16,7 @@ from library.methods import plugins
 from library.methods.base import Method, ParamGroup, broadcast, require_something
 from library.methods.rates import Rate, Rates
 from library.option_groups import MemoryOptions, NetworkOptions, PrecisionOptions
+from library.types import DENOISER
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-DENOISER = "unet"
-"""What the ecosystem's protocol calls the denoiser."""
 LIKELY_RANK = 4
 """What plug-ins take where no rank is given, for estimates."""
 

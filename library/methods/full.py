@@ -11,6 +11,7 @@ from library import files
 from library.log import UserError
 from library.methods.base import Method, ParamGroup, broadcast, require_something
 from library.option_groups import OptimizerOptions, PrecisionOptions
+from library.types import DENOISER
 
 if TYPE_CHECKING:
     import torch
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 
     from library.options import Options
     from library.types import Models
-
-DENOISER = "unet"
-"""What logs call the denoiser."""
 
 
 class Full(Method):

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from library.train.plan import readable_bytes
+from library.types import DENOISER
 
 STATE_BYTES: Mapping[str, float] = {
     **dict.fromkeys(("adamw", "pagedadamw", "pagedadamw32bit", "adamwschedulefree"), 8),
@@ -47,7 +48,7 @@ class Forecast:
     ) -> Forecast:
         """From the shapes of each part; `beside` says whether the trained weights are added to the denoiser's."""
         elements = {name: sum(map(math.prod, part.values())) for name, part in shapes.items()}
-        denoiser = elements.pop("unet")
+        denoiser = elements.pop(DENOISER)
         state = STATE_BYTES.get(optimizer.lower(), 8) * trained_size / 4
         return cls(
             encoders=sum(elements.values()) * frozen_size,
