@@ -122,7 +122,7 @@ def _prepare(family_class: type[Family], method_class: type[Method], options: Op
     forecast = _forecast(options, method, shapes, trained, precision)
     _show("memory", forecast)
     family.load_tokenizers()
-    folders = Path(options[SaveOptions].output_dir or "."), Path(scan.items[0].path).parent
+    folders = Path(options[SaveOptions].output_dir or "."), run_data.cache_folder(options, scan)
     preflight.report([*findings, *preflight.check_rates(options), *caches.findings(), *check_disk(plan, *folders)])
     if _only_looks(options) and processes.is_main():
         inspection.inspect(options, family, data, [*plan.lines(), *forecast])
@@ -315,7 +315,7 @@ def _fill_only(options: Options, fill: Callable[[Setting], None]) -> None:
         return
     caches = caching.look(options, family, data, precision, encoder_types=_encoder_types(options, precision))
     preflight.report(
-        check_cache_room(caches.bytes_needed(family, processes.world_size()), Path(scan.items[0].path).parent)
+        check_cache_room(caches.bytes_needed(family, processes.world_size()), run_data.cache_folder(options, scan))
     )
     accelerator = processes.start(options)
     fill(

@@ -55,6 +55,12 @@ def _uncacheable(scan: sources.Scan, variants: int) -> Iterator[Finding]:
                 yield Finding(error=True, what=what, where=subset.where, hint=problem[1], code="E-OPTION")
 
 
+def cache_folder(options: Options, scan: sources.Scan) -> Path:
+    """Where caches take room: a folder of their own, or that of the first image."""
+    folder = options[CacheOptions].cache_dir
+    return Path(folder) if folder else Path(scan.items[0].path).parent
+
+
 def _scan_cache(group: DatasetOptions) -> Path:
     """Where headers and captions of a dataset are remembered."""
     named = (group.dataset_config, group.train_data_dir, group.reg_data_dir, group.in_json)
