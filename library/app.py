@@ -111,7 +111,8 @@ def _prepare(family_class: type[Family], method_class: type[Method], options: Op
     findings += preflight.check_paths(options, load_prompts)
     if errors(findings) or not scan.items:
         preflight.report([*findings, *preflight.check_rates(options)])
-    _show("data", reports.caption_table(scan.items, scan.reports))
+    if not _only_looks(options):  # which shows more of it later
+        _show("data", reports.caption_table(scan.items, scan.reports))
     data, precision = run_data.of_scan(options, scan, family, 0), Precision.from_options(options)
     caches = caching.look(options, family, data, precision, method.changes_to_encoders())
     shapes = family.part_shapes()
