@@ -233,7 +233,7 @@ def _fingerprint(data: TrainingData) -> str:
     """Changes when the samples of an epoch, or their order, would be others."""
     digest = hashlib.sha256(repr((data.batch_sizes, data.scan.reg_slots)).encode())
     for item in data.items:
-        line = (Path(item.path).name, item.caption, item.repeats, item.assignment.bucket, item.dataset)
+        line = (Path(item.stem).name, item.caption, item.repeats, item.assignment.bucket, item.dataset)
         digest.update(repr(line).encode())
     return digest.hexdigest()
 

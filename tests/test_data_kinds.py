@@ -214,14 +214,19 @@ def test_masked_parts_get_no_gradient(make, monkeypatch: pytest.MonkeyPatch) -> 
     assert 0 < flipped < sum(len(batch.names) for batch in seen.batches)
 
 
-def test_images_may_go_once_they_are_cached(make, tmp_path: Path) -> None:
+def test_images_may_go_once_they_are_cached(make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before, after = make("metadata file, cached wordings", "before"), make("metadata file, cached wordings", "after")
     more = ("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--max_train_steps", "5")
     before(*more)
+    begun = make("metadata file, cached wordings", "begun")
+    begun(*more[:-1], "2", "--save_state_on_train_end")
     for path in (tmp_path / "meta").glob("*.png"):
         path.unlink()
     after(*more)
     assert_same(before.weights(), after.weights())
+    begun(*more, "--resume", str(begun.output / "run-state"))
+    assert_same(before.weights(), begun.weights())
+    assert "the dataset changed" not in caplog.text
 
 
 @each_kind
