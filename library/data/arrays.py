@@ -6,7 +6,7 @@ import os
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ Arrays = dict[str, Array]
 FORMAT_VERSION = 1
 KEY = "cache_key"
 """Name of the array that says, as JSON, what decided the others."""
+
+NOT_CACHED, DAMAGED = "not cached yet", "damaged file"
+"""Why something has to be computed, in words for the summary."""
 
 STALE_LOCK_SECONDS = 60.0
 
@@ -48,6 +51,16 @@ def read_arrays(path: Path, wanted: Callable[[str], bool] = lambda name: True) -
         zlib.error,
     ) as error:
         raise DamagedCacheError(str(error)) from error
+
+
+def first_problem(problems: Iterable[str | None]) -> str | None:
+    """None if one of several places is right; else what is wrong with the first that is there at all."""
+    found = []
+    for problem in problems:
+        if problem is None:
+            return None
+        found.append(problem)
+    return next((problem for problem in found if problem != NOT_CACHED), NOT_CACHED)
 
 
 def write_arrays(

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from library.data import foreign_latents
-from library.data.arrays import KEY, Arrays, DamagedCacheError, write_arrays
+from library.data.arrays import DAMAGED, KEY, NOT_CACHED, Arrays, DamagedCacheError, first_problem, write_arrays
 from library.data.cache_names import CacheNames
 from library.data.items import Item
-from library.data.latents_format import NOT_CACHED, Shape, array_name, lack, needed_arrays, packed, unpacked
+from library.data.latents_format import Shape, array_name, lack, needed_arrays, packed, unpacked
 from library.data.latents_keys import Keys, versions
 from library.data.masks import from_bytes, to_bytes
 from library.log import DataError, get_logger
@@ -198,10 +198,7 @@ class LatentsFiles:
         if self.skip_check:
             return None if any(path.exists() for path in entry.paths) else NOT_CACHED
         needed = self._needed(entry.item, (False, True) if entry.mirrored else (False,), sample=True)
-        problems = [self._read(path, entry.item, needed)[1] for path in entry.paths]
-        if None in problems:
-            return None
-        return next((problem for problem in problems if problem != NOT_CACHED), NOT_CACHED)
+        return first_problem(self._read(path, entry.item, needed)[1] for path in entry.paths)
 
     def _needed(self, item: Item, sides: Sequence[bool], *, sample: bool) -> dict[str, Shape]:
         kinds = ("latents",) if sample or not self.posterior else ()
@@ -219,9 +216,9 @@ class LatentsFiles:
             return {}, NOT_CACHED
         except DamagedCacheError:
             self._noticed.damaged(path)
-            return {}, "damaged file"
+            return {}, DAMAGED
         problem = None if self.skip_check else self._keys.problem(arrays[KEY], item)
-        if problem == "damaged file":
+        if problem == DAMAGED:
             self._noticed.damaged(path)
         if problem is None and narrow and not (self.compact or self.skip_check):
             problem = "stored compactly"

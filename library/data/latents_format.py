@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from library.data.arrays import Arrays, narrowed, read_arrays, widened
-
-NOT_CACHED = "not cached yet"
+from library.data.arrays import NOT_CACHED, Arrays, narrowed, read_arrays, widened
 
 _NARROW, _BYTES = "_bf16", "_uint8"
 """Ends of the names of arrays stored compactly, so that other programs don't take them for what they aren't."""

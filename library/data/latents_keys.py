@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from library.data.arrays import FORMAT_VERSION
+from library.data.arrays import DAMAGED, FORMAT_VERSION
 from library.data.items import Item
 from library.files import sha256
 
@@ -120,7 +120,7 @@ class Keys:
                 return "image changed"
             return self._problem_of_mask(key, item)
         except (ValueError, KeyError, AttributeError, TypeError):
-            return "damaged file"
+            return DAMAGED
 
     def _settings(self, item: Item) -> dict[str, Any]:
         return {"version": FORMAT_VERSION, "encoder": self.encoder, "dtype": self.dtype, **geometry(item)}

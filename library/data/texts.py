@@ -13,11 +13,14 @@ import numpy as np
 import torch
 
 from library.data.arrays import (
+    DAMAGED,
     FORMAT_VERSION,
     KEY,
+    NOT_CACHED,
     Array,
     Arrays,
     DamagedCacheError,
+    first_problem,
     narrowed,
     read_arrays,
     widened,
@@ -109,7 +112,7 @@ class TextMemory:
 
     def problem(self, entry: TextEntry) -> str | None:
         """Why an entry has to be computed; None: it is there."""
-        return None if entry.number in self._conds else "not cached yet"
+        return None if entry.number in self._conds else NOT_CACHED
 
     def save(self, entry: TextEntry, cond: Cond) -> None:
         """Keeps the outputs of an entry."""
@@ -160,23 +163,17 @@ class TextFiles:
     def problem(self, entry: TextEntry) -> str | None:
         """Why an entry has to be computed; None: it is there and right, checksums included."""
         if self.skip_check:
-            return None if any(path.exists() for path in entry.paths) else "not cached yet"
-        problems = []
-        for path in entry.paths:
-            problem = self._read(path, entry)[1]
-            if problem is None:
-                return None
-            problems.append(problem)
-        return next((problem for problem in problems if problem != "not cached yet"), "not cached yet")
+            return None if any(path.exists() for path in entry.paths) else NOT_CACHED
+        return first_problem(self._read(path, entry)[1] for path in entry.paths)
 
     def _read(self, path: Path, entry: TextEntry) -> tuple[Arrays, str | None]:
         """The arrays of a file without its key, and why it can't be used."""
         try:
             arrays = read_arrays(path)
         except FileNotFoundError:
-            return {}, "not cached yet"
+            return {}, NOT_CACHED
         except DamagedCacheError:
-            return {}, "damaged file"
+            return {}, DAMAGED
         stored = arrays.pop(KEY, None)
         if stored is None:
             return (arrays, None) if self.skip_check else ({}, "made by another program")
@@ -186,9 +183,9 @@ class TextFiles:
             changed = [name for name, value in self._expected(entry).items() if key.get(name) != value]
             narrow = key.get("bf16", [])
         except (ValueError, KeyError, AttributeError):
-            return {}, "damaged file"
+            return {}, DAMAGED
         if not same_arrays:
-            return {}, "damaged file"
+            return {}, DAMAGED
         if changed and not self.skip_check:
             return {}, "caption changed" if "caption" in changed else "other encoder"
         if narrow and not self.compact and not self.skip_check:
