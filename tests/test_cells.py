@@ -212,13 +212,14 @@ def test_two_processes_give_the_weights_of_one(make_cell: MakeCell, images: Path
     for name in ("i2", "i3"):
         (images / "3_thing" / f"{name}.png").unlink()
     common = ("--max_train_steps", "6", "--network_dropout", "0", "--max_grad_norm", "0.5")
+    common += ("--optimizer_args", "eps=1e-4")  # else AdamW makes a step of the rounding of gradients that are nearly 0
     one, two = make_cell("lora, all cached", "one"), make_cell("lora, all cached", "two")
     (images / "3_thing").rename(images / "4_thing")
     one(*common, "--train_batch_size", "2")
     two.launch(2, *common, "--train_batch_size", "1", "--save_state")
     weights = two.weights()
     distances = {name: float((tensor - weights[name]).abs().max()) for name, tensor in one.weights().items()}
-    assert max(distances.values()) < 5e-6, distances
+    assert max(distances.values()) < 1e-6, distances
     assert read_json(two.output / "run-state" / "train_state.json")["current_step"] == 6
 
 
