@@ -12,20 +12,12 @@ from PIL import Image
 
 from library.data import config, sources
 from library.data.dataset import TrainingData
+from library.families.flux import Flux
 from library.option_groups import FLUX_TRAIN_NETWORK
 from library.options import Options, Origin
-from library.types import Posterior, Traits
+from library.types import Posterior
 
-TRAITS = Traits(
-    name="flux",
-    latent_channels=16,
-    latent_stride=8,
-    bucket_step=16,
-    latents_suffix="_flux.npz",
-    latents_keys_carry_size=True,
-    text_suffix="_flux_te.npz",
-    base_model_version="flux1",
-)
+TRAITS = Flux.traits
 
 
 @pytest.fixture(scope="session")
