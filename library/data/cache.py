@@ -227,7 +227,8 @@ def fill_latents(
             straight = _finite(encode(batch.pixels), batch.entries)
             mirrored = _finite(encode(batch.pixels.flip(-1)), batch.entries) if batch.entries[0].mirrored else None
             for row, (entry, mask) in enumerate(zip(batch.entries, batch.masks, strict=True)):
-                writer.submit(_keep, store, entry, straight.row(row), mirrored and mirrored.row(row), mask)
+                turned = None if mirrored is None else mirrored.row(row)
+                writer.submit(_keep, store, entry, straight.row(row), turned, mask)
             bar.advance(len(batch.entries))
     raise_all(failures)
     data.latents = store
