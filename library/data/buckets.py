@@ -54,10 +54,6 @@ class Assignment(NamedTuple):
         """Part of the resized image that is cut off."""
         return 1 - self.bucket.area / self.resized.area
 
-    def mirrored_left(self) -> int:
-        """Left of the crop in the mirrored image."""
-        return self.resized.width - self.bucket.width - self.left
-
 
 def limits(minimum: int, maximum: int, step: int) -> tuple[int, int]:
     """Shortest side rounded down and longest side rounded up to a multiple of `step`."""

@@ -10,8 +10,6 @@ follows a second one is text, a third one included).
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -240,14 +238,3 @@ def _warm(count: int, settings: SubsetSettings, moment: Moment) -> int:
         return count
     least = settings.token_warmup_min
     return max(int(moment.step * (count - least) / steps) + least, 0)
-
-
-# counting
-
-
-def tag_counts(captions: Iterable[str]) -> dict[str, int]:
-    """How many captions hold each comma-separated tag, in lower case, in order of appearance."""
-    counts: Counter[str] = Counter()
-    for text in captions:
-        counts.update(tag for part in text.split(",") if (tag := part.strip().lower()))
-    return dict(counts)

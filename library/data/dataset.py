@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.data.captions import tag_counts
 from library.data.items import Item
 from library.data.loading import Clock, Loader, Tokenize
 from library.data.order import Epoch, Group, Lane, Order, Share, shared_out
@@ -104,17 +102,6 @@ class TrainingData:
         """Mean distance of the aspect ratios of images and buckets; 0 when there are no images."""
         errors = [abs(item.assignment.ar_error) for item in self.items if item.dataset == dataset]
         return sum(errors) / len(errors) if errors else 0.0
-
-    def tag_frequency(self, dataset: int) -> dict[str, dict[str, int]]:
-        """How many captions hold each tag, by name of the image folder; the first of equal names counts."""
-        captions: dict[str, list[str]] = {}
-        for item in self.items:
-            if item.dataset == dataset:
-                captions.setdefault(item.subset.name, []).append(item.caption)
-        counts: dict[str, dict[str, int]] = {}
-        for folder, texts in captions.items():
-            counts.setdefault(Path(folder).name, tag_counts(texts))
-        return counts
 
     # batches
 

@@ -31,22 +31,8 @@ class SubsetReport:
     multi_line: int = 0
     """Caption files of which only the first of several lines is used."""
     transparent: int = 0
-    samples: list[str] = field(default_factory=list)
     without_file: list[str] = field(default_factory=list)
     """Images that have no caption file."""
-
-    def line(self) -> str:
-        """One row for people."""
-        parts = [f"{self.captioned}/{self.images} captioned"]
-        for count, meaning in (
-            (self.from_class_tokens, "from class tokens"),
-            (self.empty, "empty"),
-            (self.missing, "missing"),
-            (self.multi_line, "of several lines, only the first is used"),
-        ):
-            if count:
-                parts.append(f"{count} {meaning}")
-        return f"{self.settings.name}: {self.images} images x {self.settings.num_repeats}; " + ", ".join(parts)
 
 
 @dataclass
@@ -68,14 +54,6 @@ class Scan:
     """For datasets with more regularization images than an epoch takes: samples of them in an epoch."""
     opened: int = 0
     """Files that were read; the others were remembered."""
-
-    def lines(self) -> list[str]:
-        """The subsets and three captions of each, for people."""
-        lines = []
-        for report in self.reports:
-            lines.append(report.line())
-            lines += [f"  caption: {sample}" for sample in report.samples]
-        return lines
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:

@@ -232,8 +232,6 @@ def _add(result: Scan, search: Search, maker: _Maker, damaged: dict[str, str], a
     result.transparent += report.transparent
     result.rotated += sum(item.orientation != 1 for item in added)
     result.gone += sum(item.gone for item in added)
-    for item in added[:3]:
-        report.samples.append(captions.plain(item.caption, item.subset))
     result.findings += caption_findings(report, search, allow_missing)
     result.findings += claim_findings(search, added)
     crops_faces = search.subset.face_crop_aug_range and not result.config.datasets[search.dataset].enable_bucket

@@ -19,7 +19,6 @@ from library.data.captions import (
     is_multi_line,
     plain,
     raw_caption,
-    tag_counts,
     varies,
     with_choices,
 )
@@ -306,7 +305,3 @@ def test_whether_captions_vary():
     assert varies("a\nb", subset(enable_wildcard=True))
     assert varies("a", subset(enable_wildcard=True, caption_prefix="{b|c}"))
     assert varies("a, b", subset(shuffle_caption=True))
-
-
-def test_tags_are_counted_in_lower_case():
-    assert tag_counts(["A, b,, c", "a"]) == {"a": 2, "b": 1, "c": 1}

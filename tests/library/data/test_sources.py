@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from library.data import config, sources
+from library.data.reports import caption_table
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "dataset_scan.json").read_text("utf-8"))
 
@@ -87,7 +88,7 @@ def test_one_of_ten_captions_missing_is_named(scan_toml, make_images, tmp_path):
     (warning,) = warnings_of(found)
     assert "1 of 10 images" in warning
     assert "9.png" in warning
-    assert "9/10 captioned, 1 missing" in found.lines()[0]
+    assert "9/10 captioned, 1 without a caption" in caption_table(found.items, found.reports)[0]
 
 
 def test_class_tokens_stand_in_for_captions_without_a_word(scan_toml, make_images, tmp_path):
@@ -96,7 +97,7 @@ def test_class_tokens_stand_in_for_captions_without_a_word(scan_toml, make_image
     assert not found.findings
     assert {item.caption for item in found.items} == {"sks cat"}
     assert found.reports[0].from_class_tokens == 10
-    assert found.lines()[0].endswith("10 images x 3; 0/10 captioned, 10 from class tokens")
+    assert caption_table(found.items, found.reports)[0].endswith("a x 3: 0/10 captioned, 10 from class tokens")
 
 
 def test_kinds_of_captions(scan_toml, make_images, tmp_path):
@@ -114,7 +115,10 @@ def test_kinds_of_captions(scan_toml, make_images, tmp_path):
     assert [item.caption for item in found.items] == captions
     (report,) = found.reports
     assert (report.images, report.captioned, report.empty, report.missing, report.multi_line) == (5, 3, 2, 0, 2)
-    assert report.samples == ["a photo of one now", "a photo of first now", "a photo of  now"]
+    table = caption_table(found.items, found.reports)
+    assert [line for line in table if "caption: " in line] == [
+        f"  caption: a photo of {text} now" for text in ("one", "first", "")
+    ]
 
 
 def test_names_of_face_files(scan_toml, make_images, tmp_path):
