@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from library import encodings
 from library.data import shards
-from library.data.folders import IMAGE_SUFFIXES, is_leftover
+from library.data.folders import IMAGE_SUFFIXES, is_leftover, leads_to_leftover
 from library.data.headers import DamagedImageError, read_header
 from library.data.progress import Progress
 from library.data.scan_cache import Remembered, ScanCache
@@ -77,7 +77,7 @@ class Directory:
         """Takes the files in a tar file for those of a folder; their names are paths inside it."""
         changed = os.stat(self.path).st_mtime_ns  # noqa: PTH116 - text
         for name, member in shards.members(self.path).items():
-            if is_leftover(name):
+            if leads_to_leftover(name):
                 continue
             is_image = splitext(name)[1].lower() in IMAGE_SUFFIXES
             (self.images if is_image else self.others).append(name)

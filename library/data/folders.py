@@ -20,8 +20,13 @@ _LEFTOVERS = frozenset({"__MACOSX", "Thumbs.db", "thumbs.db", "Desktop.ini", "de
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file or folder, or a path inside an archive, is litter of an operating system or an archive."""
-    return any(part[:1] == "." or part in _LEFTOVERS for part in name.split("/"))
+    """Whether a file or folder is litter of an operating system or an archive."""
+    return name[0] == "." or name in _LEFTOVERS
+
+
+def leads_to_leftover(path: str) -> bool:
+    """Whether any part of a path inside an archive is litter."""
+    return any(is_leftover(part) for part in path.split("/") if part)
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def listing(folder: Path) -> Listing:
 
 def _inside(names: Iterable[str]) -> Listing:
     """What lies in a tar file, however deep."""
-    ours = sorted(name for name in names if not is_leftover(name))
+    ours = sorted(name for name in names if not leads_to_leftover(name))
     images = tuple(name for name in ours if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)  # noqa: PTH122
     return Listing(images, tuple(name for name in ours if name not in frozenset(images)), ())
 
