@@ -119,11 +119,7 @@ class Flow:
         difference = self.estimate(prediction, noised) - noised.target.float()
         threshold = huber_threshold(self.settings, noised.timesteps)[:, None, None, None]
         losses = LOSSES[self.settings.loss_type](difference, threshold)
-        if mask is not None:
-            losses = losses * mask
-            if self.settings.masked_loss_normalize:
-                losses = losses / mask.mean(dim=(1, 2, 3), keepdim=True).clamp_min(LEAST_MASK)
-        return losses.mean(dim=(1, 2, 3)) * noised.weight
+        return masked_means(losses, mask, self.settings.masked_loss_normalize) * noised.weight
 
     def denoise(self, x: Tensor, prediction: Tensor, t: float, t_next: float) -> Tensor:
         """One Euler step along the velocity."""
@@ -237,6 +233,15 @@ def _huber(difference: Tensor, threshold: Tensor) -> Tensor:
 
 def _smooth_l1(difference: Tensor, threshold: Tensor) -> Tensor:
     return 2 * (torch.sqrt(difference**2 + threshold**2) - threshold)
+
+
+def masked_means(losses: Tensor, mask: Tensor | None, normalize: bool) -> Tensor:
+    """(B,): means of losses (B, C, h, w) times mask (B, 1, h, w), over all elements or by the mask's own mean."""
+    if mask is not None:
+        losses = losses * mask
+        if normalize:
+            losses = losses / mask.mean(dim=(1, 2, 3), keepdim=True).clamp_min(LEAST_MASK)
+    return losses.mean(dim=(1, 2, 3))
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -43,6 +43,13 @@ class Stream(IntEnum):
     """Random strength of such extras."""
     POSTERIOR = 4
     """The autoencoder's sample."""
+    OFFSET = 5
+    """Noise that is constant over each channel, see `--noise_offset`."""
+    OFFSET_STRENGTH = 6
+    LEVELS = 7
+    """Coarser levels of noise, see `--multires_noise_iterations`; further levels take the numbers after it."""
+    LEVEL_SIZES = 1000
+    """Their sizes; further levels take the numbers after it."""
 
 
 class Draws:
@@ -56,7 +63,7 @@ class Draws:
         self.seeds = list(seeds)
         self.device = device
 
-    def normal(self, shape: Sequence[int], stream: Stream = Stream.NOISE) -> Tensor:
+    def normal(self, shape: Sequence[int], stream: int = Stream.NOISE) -> Tensor:
         """(B, *shape), standard normal, float32, on the device; `shape` is that of one sample."""
         import torch
 
@@ -69,15 +76,15 @@ class Draws:
         """(B, *shape), standard normal: for sampling the autoencoder's posterior."""
         return self.normal(shape, Stream.POSTERIOR)
 
-    def normal_scalars(self, stream: Stream = Stream.TIMESTEP) -> Tensor:
+    def normal_scalars(self, stream: int = Stream.TIMESTEP) -> Tensor:
         """(B,), standard normal, float32."""
         return self._scalars(lambda number, generator: number.normal_(generator=generator), stream)
 
-    def uniform_scalars(self, stream: Stream = Stream.TIMESTEP) -> Tensor:
+    def uniform_scalars(self, stream: int = Stream.TIMESTEP) -> Tensor:
         """(B,), uniform in [0, 1), float32."""
         return self._scalars(lambda number, generator: number.uniform_(generator=generator), stream)
 
-    def _scalars(self, draw: Callable[[Tensor, torch.Generator], object], stream: Stream) -> Tensor:
+    def _scalars(self, draw: Callable[[Tensor, torch.Generator], object], stream: int) -> Tensor:
         import torch
 
         numbers = torch.empty(len(self.seeds))
