@@ -228,28 +228,35 @@ def shards(source: Path | str | Sequence[Path | str]) -> list[Path]:
 
 
 def save_safetensors(
-    tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, Tensor],
+    path: Path | str,
+    metadata: Mapping[str, str] | None = None,
+    like: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a safetensors file so that either the whole new file or the old one is there, whatever happens.
 
     Tensors go to the CPU one at a time; any element type of the format is written, float8 included. Order and bytes are
     those of the format's own writer. What reached the disk is verified before the name is changed.
 
+    Args:
+        like: tensors of the same names, types and shapes, without data, where making the true ones twice is dear.
+
     Raises:
         ResourceError: disk full, no permission, or the file came out wrong.
     """
     path = Path(path)
     names = {torch_name: name for name, torch_name in DTYPES.items()}
-    dtypes = {name: names[str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
+    planned = tensors if like is None else like
+    dtypes = {name: names[str(tensor.dtype).removeprefix("torch.")] for name, tensor in planned.items()}
     ranks = {dtype: rank for rank, dtype in enumerate(DTYPES)}
-    order = sorted(tensors, key=lambda name: (ranks[dtypes[name]], name))
+    order = sorted(planned, key=lambda name: (ranks[dtypes[name]], name))
     entries: dict[str, Any] = {}
     if metadata:
         entries["__metadata__"] = {str(key): str(value) for key, value in sorted(metadata.items())}
     position = 0
     for name in order:
-        end = position + tensors[name].numel() * tensors[name].element_size()
-        entries[name] = {"dtype": dtypes[name], "shape": list(tensors[name].shape), "data_offsets": [position, end]}
+        end = position + planned[name].numel() * planned[name].element_size()
+        entries[name] = {"dtype": dtypes[name], "shape": list(planned[name].shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")
     text += b" " * (-len(text) % 8)

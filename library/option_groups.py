@@ -605,6 +605,12 @@ class TrackerOptions:
     log_config: bool = option(False, help="record the options, without secrets and folders")
 
 
+_SAMPLERS = (
+    *("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++"),
+    *("dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
     """Sample images during training."""
@@ -617,10 +623,7 @@ class SampleOptions:
     sample_at_first: bool = option(False, help="make sample images before the first step, too")
     sample_sampler: str = option(
         "ddim",
-        choices=(
-            *("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++"),
-            *("dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"),
-        ),
+        choices=_SAMPLERS,
         help="sampler for prompts that don't name one",
     )
 
@@ -965,4 +968,54 @@ SHOW_METADATA = Script(
 
 SCRIPTS = (
     *(FLUX_TRAIN_NETWORK, FLUX_TRAIN, FLUX_MINIMAL_INFERENCE, CACHE_LATENTS, CACHE_TEXT_ENCODER_OUTPUTS, SHOW_METADATA),
+)
+
+# image generation with SDXL
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdxlInferenceOptions:
+    """Image generation with SDXL."""
+
+    ckpt_path: str = option(required=True, path=True, help="SDXL model, a file or a Diffusers folder")
+    vae: str | None = option(path=True, help="autoencoder to use instead of the model's, a file or a folder")
+    prompt: str = option("A photo of a cat", help="what to show; several words in quotes")
+    prompt2: str | None = option(help="what the second text encoder gets; the same as the first when not given")
+    negative_prompt: str = option("", help="what not to show")
+    output_dir: str = option(".", help="folder for the images")
+    width: int = option(1024, help="width in pixels, rounded to a multiple of 8", least=1)
+    height: int = option(1024, help="height in pixels, rounded to a multiple of 8", least=1)
+    steps: int = option(50, help="number of steps", least=1, most=1000)
+    seed: int | None = option(
+        help="number that decides the image; drawn when not given", least=-(2**63), most=2**64 - 1
+    )
+    cfg_scale: float = option(7.0, help="guidance towards the prompt and away from --negative_prompt; 1 is off")
+    sampler: str = option("euler", choices=_SAMPLERS, help="sampler")
+    v_parameterization: bool = option(
+        False, help="the model predicts velocity; files that say so themselves don't need this"
+    )
+    zero_terminal_snr: bool = option(
+        False, help="the model was trained down to pure noise; files that say so themselves don't need this"
+    )
+    max_token_length: int | None = option(choices=(None, 150, 225), help="tokens of a prompt; 75 when not given")
+    dtype: str = option("float16", help="type of the text encoders and the U-Net", example="bf16, fp16 or float32")
+    vae_dtype: str | None = option(
+        help="type of the autoencoder; that of --dtype when not given, but float32 instead of float16, which overflows"
+    )
+    offload: bool = option(False, help="keep parts on the CPU until they are needed")
+    lora_weights: tuple[str, ...] = option(
+        (), help="network files to apply, each with its strength after a semicolon", example='"lora.safetensors;0.8"'
+    )
+    merge_lora_weights: bool = option(False, help="merge the networks into the model instead of running them beside it")
+    interactive: bool = option(False, help="ask for prompts until an empty one")
+    tokenizer_cache_dir: str | None = option(
+        path=True,
+        help="folder with tokenizers, each in a sub-folder named like its hub repository with / replaced by _",
+    )
+
+
+SDXL_MINIMAL_INFERENCE = Script(
+    name="sdxl_minimal_inference.py",
+    summary="Makes images with SDXL.",
+    groups=(SdxlInferenceOptions,),
 )

@@ -26,6 +26,8 @@ class SampleRequest:
     """One image to make. The defaults are those of FLUX previews."""
 
     prompt: str
+    prompt2: str | None = None
+    """For the text encoders behind the first; None: the same."""
     negative_prompt: str | None = None
     """None: none was given; an empty one is a negative prompt too."""
     width: int = 512
@@ -33,8 +35,8 @@ class SampleRequest:
     seed: int | None = None
     """None: any."""
     steps: int = 20
-    guidance: float = 3.5
-    """The guidance that the model embeds; models without such an input don't look at it."""
+    guidance: float | None = 3.5
+    """The guidance that the model embeds; None where it has no such input, and doesn't look at it."""
     cfg: float = 1.0
     """Classifier-free guidance with a negative prompt; 1 is off."""
     sampler: str | None = None
@@ -70,6 +72,38 @@ class SampleRequest:
 FLUX_DEFAULTS = SampleRequest(prompt="")
 FLUX_IGNORED = frozenset({"sample_sampler", "controlnet_image", "flow_shift", "cfg_trunc_ratio", "renorm_cfg"})
 """Keys of prompt files that mean nothing to FLUX."""
+
+SD_DEFAULTS = SampleRequest(prompt="", steps=30, guidance=None, cfg=7.5)
+SD_IGNORED = frozenset({"guidance_scale", "controlnet_image", "flow_shift", "cfg_trunc_ratio", "renorm_cfg"})
+"""Keys that mean nothing to Stable Diffusion."""
+
+
+@dataclass(frozen=True)
+class PromptRules:
+    """What a model makes of prompt files."""
+
+    defaults: SampleRequest
+    ignored: frozenset[str]
+    """Keys that mean nothing to it."""
+
+    @classmethod
+    def of(cls, family: str, sampler: str | None = None) -> PromptRules:
+        """Those of a family, by `Traits.name`, with the sampler for prompts that don't name one."""
+        rules = PROMPT_RULES[family]
+        if "sample_sampler" in rules.ignored:
+            return rules
+        return cls(replace(rules.defaults, sampler=sampler), rules.ignored)
+
+    def load(self, path: str | Path) -> list[SampleRequest]:
+        """See `load_prompts`."""
+        return load_prompts(path, self.defaults, self.ignored)
+
+
+PROMPT_RULES: Mapping[str, PromptRules] = {
+    "flux": PromptRules(FLUX_DEFAULTS, FLUX_IGNORED),
+    "sd": PromptRules(SD_DEFAULTS, SD_IGNORED),
+    "sdxl": PromptRules(SD_DEFAULTS, SD_IGNORED),
+}
 
 
 # option lines
@@ -124,7 +158,7 @@ LINE_OPTIONS: Mapping[str, tuple[str, Reader]] = {
     "l": ("scale", _decimal),
     "g": ("guidance_scale", _decimal),
     "n": ("negative_prompt", str),
-    "ss": ("sample_sampler", str),
+    "ss": ("sample_sampler", str.strip),
     "cn": ("controlnet_image", str),
     "ctr": ("cfg_trunc_ratio", _decimal),
     "rcfg": ("renorm_cfg", _decimal),
@@ -140,6 +174,8 @@ TERMINAL_OPTIONS: Mapping[str, tuple[str, Reader]] = {
     "g": ("guidance", _decimal),
     "c": ("cfg", _decimal),
     "n": ("negative_prompt", _negative),
+    "p2": ("prompt2", str),
+    "ss": ("sampler", str.strip),
     "m": ("multipliers", _multipliers),
 }
 """Options of lines typed at the terminal: letters, field of `SampleRequest`, reader."""
@@ -155,12 +191,13 @@ def parse_line(line: str) -> ParsedLine:
 def parse_terminal(line: str, before: SampleRequest) -> tuple[SampleRequest, list[str]]:
     """The request of a typed line, and the pieces that are no option.
 
-    What the line doesn't say is as `before`, except seed, negative prompt and multipliers, which are then None. Two
-    dashes with a space behind them belong to the prompt.
+    What the line doesn't say is as `before`, except seed, second and negative prompt and multipliers, which are then
+    None. Two dashes with a space behind them belong to the prompt. `--ss` is an option where there was a sampler.
     """
     prompt, *pieces = re.split(r" --(?=[A-Za-z])", line)
-    values, unmatched = _options(pieces, TERMINAL_OPTIONS)
-    fresh: dict[str, Any] = {"seed": None, "negative_prompt": None, "multipliers": None}
+    table = {name: reader for name, reader in TERMINAL_OPTIONS.items() if name != "ss" or before.sampler}
+    values, unmatched = _options(pieces, table)
+    fresh: dict[str, Any] = {"seed": None, "prompt2": None, "negative_prompt": None, "multipliers": None}
     return replace(before, prompt=prompt.strip(), **{**fresh, **values}), unmatched
 
 
@@ -258,6 +295,10 @@ def _request(
             logger.warning("%s: %s is no key of a prompt and is ignored", where, key)
         elif key in ignored:
             logger.warning("%s: %s means nothing to this model and is ignored", where, key)
+    if "sample_sampler" in values and "sample_sampler" not in ignored:
+        from library.samplers import recipe_of
+
+        recipe_of(str(values["sample_sampler"]).strip(), where)
     if defaults.cfg == 1.0 and "scale" in values and "guidance_scale" not in values:
         logger.warning("%s: --l is the scale of guidance by a negative prompt; embedded guidance is --g", where)
     return request_from(values, defaults, where)

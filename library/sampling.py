@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,13 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from library import files
-from library.objectives import TIMESTEPS, Objective
+from library import files, samplers
+from library.objectives import Objective
 from library.prompts import SampleRequest as SampleRequest
-from library.types import Cond
-
-PATCH = 2
-"""Latent cells per side of a token."""
+from library.types import Cond, Size
 
 
 class Predict(Protocol):
@@ -28,6 +24,13 @@ class Predict(Protocol):
 
     def __call__(self, x: Tensor, timesteps: Tensor, cond: Cond, guidance: Tensor, /) -> Tensor:
         """The answer (B, C, h, w) for latents x at timesteps (B,) in [0, 1000], with embedded guidance (B,)."""
+
+
+class SizeCond(Protocol):
+    """See `library.families.base.Family.size_cond`."""
+
+    def __call__(self, original_sizes: Sequence[Size], crops: Sequence[tuple[int, int]], size: Size, /) -> Cond:
+        """What the denoiser is told about sizes and crops."""
 
 
 @torch.no_grad()
@@ -38,8 +41,10 @@ def generate(
     objective: Objective,
     cond: Cond,
     negative_cond: Cond | None = None,
+    size_cond: SizeCond | None = None,
     latent_channels: int,
     stride: int,
+    patch: int = 2,
     shift: bool,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
@@ -48,35 +53,57 @@ def generate(
     """Latents (1, C, h, w), float32, on the device.
 
     `cond` and `negative_cond` hold one prompt each; the latter is needed when `request.negative` isn't None. `stride`
-    is pixels per latent cell; sides are lowered to whole tokens. `dtype` is the type in which the denoiser gets the
-    latents. `progress` is called with steps done and all steps. Noise is drawn on the CPU from the request's seed, the
-    same on every device; no other generator is touched.
+    is pixels per latent cell, `patch` latent cells per side of a token; sides are lowered to whole tokens. `dtype` is
+    the type in which the denoiser gets the latents. `progress` is called with steps done and all steps. Noise is drawn
+    on the CPU from the request's seed, the same on every device; no other generator is touched.
+
+    Errors: UserError for a sampler that isn't known.
     """
-    request = request.fitted(stride * PATCH)
+    request = request.fitted(stride * patch)
     height, width = request.height // stride, request.width // stride
+    tokens = (height // patch) * (width // patch)
+    sampler = samplers.create(objective, request.sampler, steps=request.steps, tokens=tokens, shift=shift)
     generator = torch.Generator()
     if request.seed is None:
         generator.seed()
     else:
         generator.manual_seed(request.seed)
-    x = torch.randn(1, latent_channels, height, width, generator=generator).to(device)
-    guided = request.negative is not None
-    if guided:
+    x = sampler.begin(torch.randn(1, latent_channels, height, width, generator=generator).to(device))
+    sizes = {} if size_cond is None else size_cond([request.size], [(0, 0)], request.size)
+    sizes = {name: tensor.to(device) for name, tensor in sizes.items()}
+    conds = [cond | sizes]
+    if request.negative is not None:
         assert negative_cond is not None
-        cond = {name: torch.cat([negative_cond[name], tensor]) for name, tensor in cond.items()}
-    batch = 2 if guided else 1
-    guidance = torch.full((batch,), request.guidance, device=device)
-    tokens = (height // PATCH) * (width // PATCH)
-    for done, (t, t_next) in enumerate(pairwise(objective.schedule(request.steps, tokens, shift).tolist()), start=1):
-        timesteps = torch.full((batch,), t * TIMESTEPS, device=device)
-        prediction = predict(x.to(dtype).expand(batch, -1, -1, -1), timesteps, cond, guidance).float()
-        if guided:
+        conds = _joined(negative_cond | sizes, cond | sizes)
+    for i, timestep in enumerate(sampler.timesteps):
+        answers = [
+            _answer(predict, sampler.scale(x, i).to(dtype), timestep, part, request.guidance or 0.0).float()
+            for part in conds
+        ]
+        prediction = answers[0] if len(answers) == 1 else torch.cat(answers)
+        if request.negative is not None:
             negative, positive = prediction.chunk(2)
             prediction = negative + request.cfg * (positive - negative)
-        x = objective.denoise(x, prediction, t, t_next)
+        x = sampler.step(prediction, i, x, generator)
         if progress is not None:
-            progress(done, request.steps)
+            progress(i + 1, len(sampler.timesteps))
     return x
+
+
+def _joined(negative: Cond, positive: Cond) -> list[Cond]:
+    """Both in one batch, or one after the other where their texts have different lengths."""
+    if any(negative[name].shape != tensor.shape for name, tensor in positive.items()):
+        return [negative, positive]
+    return [{name: torch.cat([negative[name], tensor]) for name, tensor in positive.items()}]
+
+
+def _answer(predict: Predict, x: Tensor, timestep: float, cond: Cond, guidance: float) -> Tensor:
+    batch = next((len(tensor) for tensor in cond.values()), 1)
+
+    def each(value: float) -> Tensor:
+        return torch.full((batch,), value, device=x.device)
+
+    return predict(x.expand(batch, -1, -1, -1), each(timestep), cond, each(guidance))
 
 
 # image files
@@ -93,11 +120,13 @@ def image_metadata(request: SampleRequest) -> dict[str, str]:
     """How an image was made, as text by name."""
     values = {
         "prompt": request.prompt,
+        "prompt2": request.prompt2,
         "negative_prompt": request.negative,
         "seed": request.seed,
         "steps": request.steps,
         "guidance": request.guidance,
         "cfg": request.cfg,
+        "sampler": request.sampler,
         "size": request.size,
     }
     return {name: str(value) for name, value in values.items() if value is not None}

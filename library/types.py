@@ -43,6 +43,8 @@ class Traits:
     latent_channels: int
     latent_stride: int
     """Pixels per latent cell."""
+    patch: int = 2
+    """Latent cells per side of a token of the denoiser; 1 for a U-Net. Sides of sample images are whole tokens."""
     bucket_step: int
     """Bucket sides must be multiples of this many pixels."""
     latents_suffix: str

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
     ),
     (3, ("library.train", "library.methods", "library.generate")),
     (2, ("library.families", "library.data", "library.sampling", "library.prompts", PLUGINS)),
-    (1, ("library.models", "library.objectives", "library.epsilon", "library.noise_schedule")),
+    (1, ("library.models", "library.objectives", "library.epsilon", "library.noise_schedule", "library.samplers")),
     (0, ("library",)),
 )
 """The first prefix that fits decides; whatever else lies in `library` is ground."""

@@ -479,7 +479,7 @@ def test_a_model_that_belongs_elsewhere(place: Place, capsys: pytest.CaptureFixt
 def test_a_file_that_is_no_model(place: Place, capsys: pytest.CaptureFixture[str], option: str) -> None:
     expected = {
         "page.safetensors": ("E-FILE-KIND", "not a safetensors file"),
-        "old.ckpt": ("E-FILE-KIND", "PyTorch checkpoint"),
+        "old.ckpt": ("E-FILE-DAMAGED", "PyTorch checkpoint"),
         "a file": ("E-FILE-KIND", "not a safetensors file"),
         "empty": ("E-FILE-MISSING", "no .safetensors file in this folder"),
     }

@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from library.families.flux import Flux, FluxFiles
-from library.generate.flux import Dtypes, LoraFile, Painter
+from library.generate.flux import Dtypes
+from library.generate.painter import LoraFile, Painter
 from library.methods.full import Full
 from library.models.memory import checkpoint_blocks
 from library.models.quantized import store_linears
@@ -211,9 +212,12 @@ def test_networks_are_merged_before_weights_go_into_eight_bits(models: dict[str,
     types = Dtypes(torch.float32, torch.float32, torch.float32, torch.float8_e4m3fn)
     files = FluxFiles(str(models["flux"]), None, None, None)
 
-    painter = Painter(Flux(files), types, torch.device("cpu"), loras=[LoraFile(str(path), 0.5)], merge=True)
+    loras = [LoraFile(str(path), 0.5)]
+    painter = Painter(
+        Flux(files), types.by_part(), torch.device("cpu"), lambda weights: lora_flux, loras=loras, merge=True
+    )
     adapter = network.created[0]
-    merged = painter._part("flux").get_submodule("double_blocks.0.img_mod.lin").weight
+    merged = painter._part("unet").get_submodule("double_blocks.0.img_mod.lin").weight
     raised = (adapter.module.weight.bfloat16().float() + 0.5 * adapter.delta()).bfloat16()
     assert merged.dtype == torch.float8_e4m3fn
     assert torch.equal(merged.float(), raised.to(torch.float8_e4m3fn).float())

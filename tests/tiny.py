@@ -201,12 +201,12 @@ def t5_vocabulary() -> list[tuple[str, float]]:
 
 def write_tokenizers(folder: Path) -> Path:
     """Both tokenizers as `--tokenizer_cache_dir` wants them."""
-    _write_clip_tokenizer(folder / CLIP_FOLDER)
+    write_clip_tokenizer(folder / CLIP_FOLDER)
     _write_t5_tokenizer(folder / T5_FOLDER)
     return folder
 
 
-def _write_clip_tokenizer(folder: Path) -> None:
+def write_clip_tokenizer(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     merges = "\n".join(["#version: 0.2", *(f"{left} {right}" for left, right in clip_merges())])
     (folder / "merges.txt").write_text(merges + "\n", encoding="utf-8", newline="\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from library.types import Cond, Finding, Posterior, Tokens, Traits
+from library.types import Cond, Finding, Posterior, Size, Tokens, Traits
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +77,13 @@ class Family(Protocol):
         """The denoiser's answer (B, C, h, w) for noisy latents x at timesteps (B,) in [0, 1000].
 
         `guidance` (B,) is the embedded guidance; None takes the training value of the options.
+        """
+
+    def size_cond(self, original_sizes: Sequence[Size], crops: Sequence[tuple[int, int]], size: Size) -> Cond:
+        """What `predict` must find in `cond` besides the text outputs, on the CPU; empty where sizes mean nothing.
+
+        Sizes of the images before anything was done to them, left and top of their crops, and the size they have now:
+        of a batch in training; of the wanted image, uncropped, for a sample.
         """
 
     def vae_identity(self) -> str:

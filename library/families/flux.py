@@ -31,7 +31,7 @@ from library.option_groups import (
 )
 from library.options import Options
 from library.places import check_readable
-from library.types import Cond, Finding, Posterior, Tokens, Traits
+from library.types import Cond, Finding, Posterior, Size, Tokens, Traits
 
 logger = get_logger(__name__)
 
@@ -328,6 +328,10 @@ class Flux:
         return autoencoder.decode(vae, latents.float() / LATENT_SCALE + LATENT_SHIFT).float()
 
     # the denoiser
+
+    def size_cond(self, original_sizes: Sequence[Size], crops: Sequence[tuple[int, int]], size: Size) -> Cond:
+        """Nothing: the transformer isn't told."""
+        return {}
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
         """The transformer, in evaluation mode."""

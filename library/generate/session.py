@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-QUESTION = "prompt (empty to end; options: --w --h --s --d --g --c --n --m): "
+QUESTION = "prompt (empty to end; options: --w --h --s --d --g --c --n --p2 --m%s): "
 
 
 def prompts_from_terminal(first: SampleRequest, ask: Callable[[str], str] = input) -> Iterator[SampleRequest]:
@@ -28,7 +28,7 @@ def prompts_from_terminal(first: SampleRequest, ask: Callable[[str], str] = inpu
     request = first
     while True:
         try:
-            line = ask(QUESTION)
+            line = ask(QUESTION % (" --ss" if first.sampler else ""))
         except EOFError:
             return
         if not line.strip():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from library.log import DataError
-from library.models.keymaps import CLIP_TOKENS, Recipe, Recipes, count_indices
+from library.models.keymaps import CLIP_TOKENS, PROJECTION, Recipe, Recipes, count_indices
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +20,7 @@ LEVEL = "text_model."
 
 
 def build_clip(shapes: Mapping[str, tuple[int, ...]], activation: str = "quick_gelu") -> nn.Module:
-    """A Transformers `CLIPTextModel` for the checkpoint with these tensors.
+    """A Transformers `CLIPTextModel`, or `CLIPTextModelWithProjection`, for the checkpoint with these tensors.
 
     Args:
         activation: `quick_gelu` as OpenAI trained CLIP-L, `gelu` for OpenCLIP's encoders.
@@ -28,10 +28,11 @@ def build_clip(shapes: Mapping[str, tuple[int, ...]], activation: str = "quick_g
     Raises:
         DataError: a tensor that tells a size is missing.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     try:
         vocabulary, width = shapes[CLIP_TOKENS]
+        projected = shapes.get(PROJECTION)
         config = CLIPTextConfig(
             vocab_size=vocabulary,
             hidden_size=width,
@@ -43,22 +44,23 @@ def build_clip(shapes: Mapping[str, tuple[int, ...]], activation: str = "quick_g
             bos_token_id=vocabulary - 2,
             eos_token_id=vocabulary - 1,
             pad_token_id=vocabulary - 1,
+            projection_dim=projected[0] if projected else width,
         )
     except KeyError as missing:
         raise DataError(f"not a CLIP text encoder: it has no tensor {missing}", code="E-MODEL-KIND") from None
-    model: nn.Module = CLIPTextModel(config)
+    model: nn.Module = CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
     return model
 
 
 def clip_keys(model: nn.Module, names: Mapping[str, object]) -> Recipes:
     """The names that `model` gives its tensors, from those in files (`text_model.…`)."""
     ours = "" if not any(name.startswith(LEVEL) for name in model.state_dict()) else LEVEL
-    return {ours + name.removeprefix(LEVEL): Recipe((name,)) for name in names}
+    return {name if name == PROJECTION else ours + name.removeprefix(LEVEL): Recipe((name,)) for name in names}
 
 
 def file_name(name: str) -> str:
-    """The name in files of a tensor or module of a `CLIPTextModel`."""
-    return LEVEL + name.removeprefix(LEVEL)
+    """The name in files of a tensor or module of a `CLIPTextModel`, with a projection or without."""
+    return name if name.startswith("text_projection") else LEVEL + name.removeprefix(LEVEL)
 
 
 def restore_positions(model: nn.Module) -> None:

@@ -188,25 +188,69 @@ def _sd3(names: _Names) -> Kind | None:
 
 
 def _stable_diffusion(names: _Names) -> Kind | None:
-    """Single files and U-Nets of SD 1.x, 2.x and SDXL, by the width of the text that they look at."""
-    xl = Kind("sdxl", "an SDXL checkpoint", ("sdxl", "sd_vae"), "use the sdxl scripts")
+    """Single files and U-Nets of SD 1.x, 2.x and SDXL."""
     if names.has("input_blocks.1.0.in_layers.0.weight") or names.starts("cond_stage_model.", "conditioner."):
-        if names.starts("conditioner.embedders.1.") or names.has(_XL_CROSS):
-            return xl
-        if names.has("label_emb.0.0.weight") or names.starts("conditioner.embedders.0.model."):
-            return Kind("sdxl_refiner", "an SDXL refiner checkpoint", hint="it cannot be trained; use the base model")
-        version = "2.x" if names.starts("cond_stage_model.model.") or names.size(_SD_CROSS, 1) == 1024 else "1.x"
-        name = "sd2" if version == "2.x" else "sd1"
-        return Kind(name, f"an SD {version} checkpoint", ("sd", "sd_vae"), "use the scripts for SD")
-    if names.has("down_blocks.0.resnets.0.time_emb_proj.weight"):
-        if names.has("add_embedding.linear_1.weight"):
-            return Kind("sdxl_diffusers", "an SDXL U-Net (Diffusers)", ("sdxl",), "use the sdxl scripts")
-        return Kind("sd_diffusers", "an SD 1.x or 2.x U-Net (Diffusers)", ("sd",), "use the scripts for SD")
-    return None
+        kind = _single_file(names)
+    elif names.has("down_blocks.0.resnets.0.time_emb_proj.weight"):
+        kind = _diffusers_unet(names)
+    else:
+        return None
+    channels = names.size("input_blocks.0.0.weight", 1) or names.size("conv_in.weight", 1)
+    if channels in (0, 1, 4) or not kind.roles:  # 1: shapes unknown
+        return kind
+    what = _INPUTS.get(channels, f"a variant with {channels} input channels of")
+    roles = tuple(role for role in kind.roles if role == "sd_vae")
+    hint = "it cannot be trained here; use the model that it was made from"
+    return Kind(f"{kind.name}_inputs", f"{what} {kind.description}", roles, hint)
 
 
-_XL_CROSS = "input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight"
-_SD_CROSS = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+_INPUTS = {
+    5: "a depth variant (5 input channels) of",
+    7: "an upscaler variant (7 input channels) of",
+    8: "an InstructPix2Pix variant (8 input channels) of",
+    9: "an inpainting variant (9 input channels) of",
+}
+"""Variants of SD and SDXL by what their U-Net sees: the noisy latents have 4 channels."""
+
+
+def _single_file(names: _Names) -> Kind:
+    """By the text encoders in it; without any, by what the U-Net embeds and the width of the text that it looks at."""
+    labels = names.has("label_emb.0.0.weight")
+    if names.starts("conditioner.embedders.1."):
+        return _sdxl("sdxl", "an SDXL checkpoint", ("sdxl", "sd_vae"))
+    refiner = names.size("label_emb.0.0.weight", 1) == _REFINER_LABELS
+    if names.starts("conditioner.embedders.0.model.") or refiner:
+        return Kind("sdxl_refiner", "an SDXL refiner checkpoint", hint="it cannot be trained; use the base model")
+    if labels and names.starts("cond_stage_model.", "embedder."):
+        return Kind("sd2_unclip", "an SD 2.x unCLIP checkpoint", ("sd_vae",), "it cannot be trained; use SD 2.1")
+    if labels:
+        return _sdxl("sdxl", "an SDXL checkpoint" if names.has(_DECODER) else "an SDXL U-Net", ("sdxl",))
+    second = names.starts("cond_stage_model.model.") or names.size(_CROSS, 1) == 1024
+    version = "2" if second else "1"
+    whole = names.starts("cond_stage_model.")
+    what = f"an SD {version}.x checkpoint" if whole or names.has(_DECODER) else f"an SD {version}.x U-Net"
+    return Kind(f"sd{version}", what, ("sd", "sd_vae") if names.has(_DECODER) else ("sd",), "use the scripts for SD")
+
+
+def _diffusers_unet(names: _Names) -> Kind:
+    if names.size("add_embedding.linear_1.weight", 1) == _REFINER_LABELS:
+        what = "an SDXL refiner U-Net (Diffusers)"
+        return Kind("sdxl_refiner", what, hint="it cannot be trained; use the base model")
+    if names.has("add_embedding.linear_1.weight"):
+        return _sdxl("sdxl_diffusers", "an SDXL U-Net (Diffusers)", ("sdxl",))
+    if names.has("class_embedding.linear_1.weight"):
+        return Kind("sd2_unclip", "an SD 2.x unCLIP U-Net (Diffusers)", hint="it cannot be trained; use SD 2.1")
+    return Kind("sd_diffusers", "an SD 1.x or 2.x U-Net (Diffusers)", ("sd",), "use the scripts for SD")
+
+
+def _sdxl(name: str, description: str, roles: tuple[str, ...]) -> Kind:
+    return Kind(name, description, roles, "use the sdxl scripts")
+
+
+_CROSS = "attn2.to_k.weight"
+_DECODER = "first_stage_model.decoder.conv_in.weight"
+_REFINER_LABELS = 2560
+"""Width of what the refiner's U-Net embeds: pooled text, and five sizes."""
 
 
 def _vae(names: _Names) -> Kind | None:
@@ -222,7 +266,7 @@ def _vae(names: _Names) -> Kind | None:
 
 
 def _clip(names: _Names) -> Kind | None:
-    width = names.size("text_model.embeddings.token_embedding.weight", 1)
+    width = names.size("embeddings.token_embedding.weight", 1)
     if width == 1280:
         return Kind("clip_g", "a CLIP-G text encoder", ("clip_g",), "give it as --clip_g")
     if width == 1024:

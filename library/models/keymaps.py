@@ -64,6 +64,33 @@ def without_prefix(names: Mapping[str, object], prefix: str) -> Recipes:
     return {name.removeprefix(prefix): Recipe((name,)) for name in names if name.startswith(prefix)}
 
 
+def chained(first: Recipes, second: Recipes) -> Recipes:
+    """The tensors of `second`, which is made of those of `first`, made of those of which `first` is made."""
+    return {name: _chain([first[source] for source in recipe.sources], recipe) for name, recipe in second.items()}
+
+
+def _chain(inner: Sequence[Recipe], outer: Recipe) -> Recipe:
+    sources = tuple(source for recipe in inner for source in recipe.sources)
+    if outer.make is None:
+        return inner[0]
+    if all(recipe.make is None for recipe in inner):
+        return Recipe(sources, outer.make)
+    return Recipe(sources, _Chain(tuple(inner), outer))
+
+
+@dataclass(frozen=True)
+class _Chain:
+    inner: tuple[Recipe, ...]
+    outer: Recipe
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        made, position = [], 0
+        for recipe in self.inner:
+            made.append(recipe(tensors[position : position + len(recipe.sources)]))
+            position += len(recipe.sources)
+        return self.outer(made)
+
+
 def count_indices(names: Iterable[str], pattern: str) -> int:
     """1 + the largest index in the names that begin like this; 0 without any."""
     matches = (re.match(pattern, name) for name in names)
@@ -136,7 +163,7 @@ def flux_from_diffusers(names: Mapping[str, object]) -> Recipes:
     table = flux_names(double, single)
     known = {source for sources in table.values() for source in sources}
     recipes = {
-        bfl: Recipe(sources, _swap_halves if bfl in _FLUX_SWAPPED else _stack if len(sources) > 1 else None)
+        bfl: Recipe(sources, _swap_halves if bfl in _FLUX_SWAPPED else stack if len(sources) > 1 else None)
         for bfl, sources in table.items()
         if all(source in names for source in sources)
     }
@@ -156,14 +183,16 @@ def flux_to_diffusers(shapes: Shapes) -> Recipes:
                     recipes[target] = Recipe((bfl,), _swap_halves)
                 elif len(targets) > 1:
                     stop = (index + 1) * width if index + 1 < len(targets) else None
-                    recipes[target] = Recipe((bfl,), _Rows(index * width, stop))
+                    recipes[target] = Recipe((bfl,), Rows(index * width, stop))
                 else:
                     recipes[target] = Recipe((bfl,))
     return recipes
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
+    """Makes a tensor of some rows of another."""
+
     start: int
     stop: int | None
 
@@ -171,7 +200,8 @@ class _Rows:
         return tensor[self.start : self.stop]
 
 
-def _stack(*tensors: Tensor) -> Tensor:
+def stack(*tensors: Tensor) -> Tensor:
+    """The tensors, one below the other."""
     return torch.cat(tensors)
 
 
@@ -219,7 +249,7 @@ def vae_to_diffusers(names: Mapping[str, object]) -> Recipes:
     """Diffusers layout from LDM names; tensors of unknown names keep them."""
     levels = count_indices(names, r"encoder\.down\.(\d+)\.")
     table = vae_names(levels, count_indices(names, r"decoder\.up\.\d+\.block\.(\d+)\."))
-    return {table.get(name, name): Recipe((name,), _flatten if _is_vae_attention(name) else None) for name in names}
+    return {table.get(name, name): Recipe((name,), flatten if _is_vae_attention(name) else None) for name in names}
 
 
 def vae_from_diffusers(names: Mapping[str, object]) -> Recipes:
@@ -231,7 +261,7 @@ def vae_from_diffusers(names: Mapping[str, object]) -> Recipes:
     for name in names:
         old = re.sub(r"\.(query|key|value|proj_attn)\.", lambda match: f".{_VAE_OLD_ATTENTION[match[1]]}.", name)
         ldm = back.get(old, name)
-        recipes[ldm] = Recipe((name,), _unflatten if _is_vae_attention(ldm) else None)
+        recipes[ldm] = Recipe((name,), unflatten if _is_vae_attention(ldm) else None)
     return recipes
 
 
@@ -239,12 +269,12 @@ def _is_vae_attention(ldm: str) -> bool:
     return ".mid.attn_1." in ldm and ldm.endswith(".weight") and ".norm." not in ldm
 
 
-def _flatten(tensor: Tensor) -> Tensor:
+def flatten(tensor: Tensor) -> Tensor:
     """A matrix from a 1x1 convolution."""
     return tensor.reshape(tensor.shape[:2])
 
 
-def _unflatten(tensor: Tensor) -> Tensor:
+def unflatten(tensor: Tensor) -> Tensor:
     """A 1x1 convolution from a matrix."""
     return tensor.reshape(*tensor.shape[:2], 1, 1)
 
@@ -252,6 +282,7 @@ def _unflatten(tensor: Tensor) -> Tensor:
 # Text encoders: Hugging Face names
 
 CLIP_TOKENS = "text_model.embeddings.token_embedding.weight"
+PROJECTION = "text_projection.weight"
 CLIP_IGNORED = (
     "logit_scale",
     "text_projection.",

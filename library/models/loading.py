@@ -16,7 +16,8 @@ from library.models import autoencoder, clip, keymaps, t5
 from library.models.detect import ROLES, refusal
 from library.models.flux import Flux, FluxConfig
 from library.models.keymaps import Mapped, Recipes, mapped_shapes
-from library.models.locations import joint_header, locate
+from library.models.locations import joint_header, locate, open_tensors
+from library.pickles import PickledTensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,6 +101,16 @@ def load_t5(
         return _fill(_empty(lambda: t5.build_t5(shapes)), source, shapes, dtype, device)
 
 
+def filled(
+    build: Callable[[], Model], tensors: Mapped, shapes: Shapes, dtype: torch.dtype | None, device: torch.device | str
+) -> Model:
+    """The model that `build` makes, with tensors of these shapes in it, moved there one by one.
+
+    Errors: DataError when names or shapes differ from those of the model.
+    """
+    return _fill(_empty(build), tensors, shapes, dtype, device)
+
+
 def header_of(path: Path | str, role: str, option: str) -> Header:
     """Names, shapes and metadata of a model (a key of `detect.ROLES`), names as in its files; nothing else is read."""
     return joint_header(locate(path, option, ROLES[role].folders), option)
@@ -138,13 +149,13 @@ def _unprefixed(shapes: Shapes, prefixes: Iterable[str], known: str) -> Recipes:
 
 
 @contextmanager
-def _opened(path: Path | str, role: str, mmap: bool, option: str) -> Iterator[LazyTensors]:
+def _opened(path: Path | str, role: str, mmap: bool, option: str) -> Iterator[LazyTensors | PickledTensors]:
     """The tensors of a file that can play `role`; errors inside the block come out naming option and path."""
     paths = locate(path, option, ROLES[role].folders)
     found = joint_header(paths, option)
     if problem := refusal(found, path, option, role):
         raise DataError(problem.what, problem.where, problem.hint, code=problem.code)
-    with LazyTensors(paths, mmap) as tensors:
+    with open_tensors(paths, mmap) as tensors:
         try:
             yield tensors
         except DataError as error:

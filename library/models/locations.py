@@ -1,4 +1,4 @@
-"""Where the tensors of a model lie: one file, shards, or a Diffusers folder."""
+"""Where the tensors of a model lie: one file, shards, or a Diffusers folder; safetensors, or PyTorch files."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from library.files import Header, TensorInfo, header, shards
+from library.files import Header, LazyTensors, TensorInfo, header, shards
 from library.log import DataError
+from library.pickles import PickledTensors, is_pickled, pickled_header
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_ENDINGS = ("safetensors", "bin")
+_STANDARD = ("diffusion_pytorch_model", "model", "pytorch_model")
+"""Names of the file that is meant where variants such as `….fp16` lie beside it."""
 
 
 def locate(path: Path | str, option: str, folders: Sequence[str] = ()) -> list[Path]:
-    """The safetensors files that a path means: a file, the first of several shards, an index, or a folder.
+    """The files that a path means: a file, the first of several shards, an index, or a folder.
 
     Args:
         option: the option that gave the path, for messages.
@@ -38,10 +42,13 @@ def locate(path: Path | str, option: str, folders: Sequence[str] = ()) -> list[P
 
 
 def _in_folder(folder: Path, where: str, folders: Sequence[str]) -> list[Path]:
-    for place in (*(folder / name for name in folders), folder):
-        if indices := sorted(place.glob("*.safetensors.index.json")):
+    places = (*(folder / name for name in folders), folder)
+    for place, ending in ((place, ending) for place in places for ending in _ENDINGS):
+        files = sorted(place.glob(f"*.{ending}"))
+        if standard := [file for file in files if file.stem in _STANDARD]:
+            return standard[:1]
+        if indices := sorted(place.glob(f"*.{ending}.index.json")):
             return _indexed(indices[0], where)
-        files = sorted(place.glob("*.safetensors"))
         if len(files) == 1:
             return files
         if files:
@@ -68,15 +75,20 @@ def joint_header(paths: Sequence[Path], option: str) -> Header:
     """The headers of all files as one; positions in files lose their meaning.
 
     Raises:
-        DataError: a file is damaged or isn't safetensors.
+        DataError: a file is damaged or of another kind.
     """
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for path in paths:
         try:
-            found = header(path)
+            found = pickled_header(path) if is_pickled(path) else header(path)
         except DataError as error:
             raise DataError(error.what, f"{option} {error.where}", error.hint, code=error.code) from None
         tensors |= found.tensors
         metadata |= found.metadata
     return Header(tensors, metadata, 0)
+
+
+def open_tensors(paths: Sequence[Path], mmap: bool = True) -> LazyTensors | PickledTensors:
+    """The tensors of all files as one, each read from the disk when it is asked for. `mmap`: see `LazyTensors`."""
+    return PickledTensors(paths) if paths and is_pickled(paths[0]) else LazyTensors(paths, mmap)

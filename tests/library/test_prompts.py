@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.log import UserError
-from library.prompts import SampleRequest, load_prompts, parse_line, parse_terminal, request_from
+from library.prompts import PromptRules, SampleRequest, load_prompts, parse_line, parse_terminal, request_from
 from library.types import Size
 
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "prompt_parsing.json").read_text(encoding="utf-8"))["cases"]
@@ -177,3 +177,34 @@ def test_typed_lines_name_what_is_no_option_and_leave_dashes_to_the_prompt():
     assert (request.prompt, request.width) == ("one -- two", 64)
     assert unmatched == ["x 5", "m a,b"]
     assert parse_terminal("a --n - --c 3", before)[0].negative == ""
+
+
+def test_second_prompts_and_samplers_at_the_terminal():
+    before = SampleRequest(prompt="", sampler="euler", prompt2="old")
+    request, unmatched = parse_terminal("a cat --p2 in oil --ss dpmsolver++ --s 3", before)
+    assert (request.prompt, request.prompt2, request.sampler, unmatched) == ("a cat", "in oil", "dpmsolver++", [])
+    again, _ = parse_terminal("a dog", request)
+    assert (again.prompt2, again.sampler) == (None, "dpmsolver++")
+    assert parse_terminal("a cat --ss euler", SampleRequest(prompt=""))[1] == ["ss euler"], "a flow has one"
+
+
+def test_prompts_for_stable_diffusion(tmp_path, caplog):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\na dog --ss euler_a --l 3 --s 8 --n ugly --g 2\n", encoding="utf-8")
+    cat, dog = PromptRules.of("sdxl", "heun").load(path)
+    assert (cat.steps, cat.cfg, cat.width, cat.height, cat.sampler, cat.negative) == (30, 7.5, 512, 512, "heun", "")
+    assert (dog.steps, dog.cfg, dog.sampler, dog.negative) == (8, 3.0, "euler_a", "ugly")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "line 2" in said
+    assert "guidance_scale means nothing" in said
+    assert PromptRules.of("flux", "heun").load(path)[0] == SampleRequest(prompt="a cat")
+
+
+def test_an_unknown_sampler_is_refused_where_samplers_mean_something(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\na dog --ss unipc\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        PromptRules.of("sd").load(path)
+    assert caught.value.code == "E-SAMPLER"
+    assert "line 2" in caught.value.where
+    assert len(PromptRules.of("flux").load(path)) == 2

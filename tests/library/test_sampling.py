@@ -1,11 +1,13 @@
 """The sampler, and the files it leaves."""
 
 from datetime import datetime
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 from PIL import Image
 
+from library.epsilon import Epsilon, EpsilonSettings
 from library.objectives import Flow, FlowSettings
 from library.prompts import SampleRequest
 from library.sampling import generate, image_metadata, overview, preview_name, save_png, to_image
@@ -23,7 +25,7 @@ def make(request=REQUEST, predict=linear_predict, text=0.1, negative=None, **mor
     return generate(
         request,
         predict=predict,
-        objective=Flow(FlowSettings()),
+        objective=more.pop("objective", None) or Flow(FlowSettings()),
         cond={"text": torch.full((1, 16), text)},
         negative_cond=None if negative is None else {"text": torch.full((1, 16), negative)},
         latent_channels=16,
@@ -99,6 +101,74 @@ def test_guidance_by_a_negative_prompt():
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(5))
     negative, positive = torch.tanh(noise) * 1.5 + 0.25 * 2, torch.tanh(noise) * 1.5 + 0.5 * 2
     torch.testing.assert_close(guided, noise - (negative + 3 * (positive - negative)))
+
+
+def test_prompts_of_different_lengths_are_guided_one_after_the_other():
+    def predict(x, timesteps, cond, guidance):
+        assert len(x) == len(timesteps) == len(guidance) == 1
+        return x * cond["text"].mean()
+
+    def at(width, value):
+        return {"text": torch.full((1, width), value)}
+
+    request = SampleRequest(prompt="x", width=64, height=64, steps=1, seed=5, cfg=3.0)
+    found = generate(
+        request,
+        predict=predict,
+        objective=Flow(FlowSettings()),
+        cond=at(5, 0.5),
+        negative_cond=at(3, 0.25),
+        latent_channels=16,
+        stride=8,
+        shift=True,
+        device="cpu",
+    )
+    noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(found, noise - noise * (0.25 + 3 * 0.25))
+
+
+def test_the_denoiser_is_told_the_wanted_size():
+    seen = []
+
+    def size_cond(original_sizes, crops, size):
+        return {"sizes": torch.tensor([[*original_sizes[0], *crops[0], *size]])}
+
+    def predict(x, timesteps, cond, guidance):
+        seen.append(cond["sizes"].tolist())
+        return x
+
+    make(SampleRequest(prompt="x", width=77, height=100, steps=1, seed=5), predict, size_cond=size_cond, patch=1)
+    wanted = [72, 96, 0, 0, 72, 96]
+    assert seen == [[wanted]]
+    guided = SampleRequest(prompt="x", width=72, height=96, steps=1, seed=5, cfg=2.0)
+    make(guided, predict, negative=0.2, size_cond=size_cond, patch=1)
+    assert seen[1:] == [[wanted, wanted]]
+
+
+def test_stable_diffusion_is_sampled_as_the_request_says():
+    def of(**more):
+        return make(
+            SampleRequest(prompt="x", width=64, height=64, steps=3, seed=5, **more),
+            lambda x, t, c, g: torch.tanh(x),
+            objective=Epsilon(EpsilonSettings()),
+        )
+
+    assert torch.equal(of(), of(sampler="ddim"))
+    results = [of(sampler=name) for name in ("ddim", "euler", "euler_a")]
+    assert not any(torch.equal(one, other) for one, other in combinations(results, 2))
+    assert torch.equal(results[2], of(sampler="euler_a")), "the noise on the way is the seed's, too"
+
+
+def test_flow_images_are_those_from_before_there_were_samplers():
+    """Bit for bit."""
+    flow, request = Flow(FlowSettings()), SampleRequest(prompt="x", width=64, height=96, steps=5, seed=5, cfg=2.0)
+    x = torch.randn(1, 16, 12, 8, generator=torch.Generator().manual_seed(5))
+    cond = {"text": torch.cat([torch.full((1, 16), 0.3), torch.full((1, 16), 0.1)])}
+    for t, t_next in pairwise(flow.schedule(5, 24, True).tolist()):
+        answer = linear_predict(x.expand(2, -1, -1, -1), torch.full((2,), t * 1000), cond, torch.full((2,), 3.5))
+        negative, positive = answer.chunk(2)
+        x = flow.denoise(x, negative + 2.0 * (positive - negative), t, t_next)
+    assert torch.equal(make(request, negative=0.3), x)
 
 
 def test_embedded_guidance_reaches_the_model():

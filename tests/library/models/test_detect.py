@@ -62,6 +62,11 @@ def test_flux_variants_and_layouts() -> None:
             "sdxl_refiner",
         ),
         (["down_blocks.0.resnets.0.time_emb_proj.weight", "down_blocks.0.resnets.0.conv1.weight"], "sd_diffusers"),
+        (["down_blocks.0.resnets.0.time_emb_proj.weight", "add_embedding.linear_1.weight"], "sdxl_diffusers"),
+        (["down_blocks.0.resnets.0.time_emb_proj.weight", "class_embedding.linear_1.weight"], "sd2_unclip"),
+        (["input_blocks.1.0.in_layers.0.weight", "label_emb.0.0.weight"], "sdxl"),
+        (["cond_stage_model.model.ln_final.weight", "model.diffusion_model.label_emb.0.0.weight"], "sd2_unclip"),
+        (["embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight"], "clip"),
         (["vision_model.embeddings.class_embedding"], "clip_vision"),
         (["whatever"], "unknown"),
         ([], "unknown"),
@@ -69,6 +74,39 @@ def test_flux_variants_and_layouts() -> None:
 )
 def test_kinds_by_names(names: list[str], kind: str) -> None:
     assert detect(dict.fromkeys(names, (1, 1))).name == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "channels", "words"),
+    [
+        (
+            "sd1",
+            "model.diffusion_model.input_blocks.0.0.weight",
+            9,
+            "an inpainting variant (9 input channels) of an SD 1",
+        ),
+        ("sd2", "model.diffusion_model.input_blocks.0.0.weight", 5, "a depth variant (5 input channels) of an SD 2"),
+        ("sdxl", "model.diffusion_model.input_blocks.0.0.weight", 8, "an InstructPix2Pix variant"),
+        ("sdxl_diffusers", "conv_in.weight", 9, "of an SDXL U-Net (Diffusers)"),
+        ("sdxl_diffusers", "conv_in.weight", 6, "a variant with 6 input channels of an SDXL"),
+    ],
+)
+def test_variants_that_see_more_are_named_and_not_trained(kind: str, name: str, channels: int, words: str) -> None:
+    shapes = {key: tuple(shape) for key, shape in KINDS[kind].items()}
+    found = detect(shapes | {name: (320, channels, 3, 3)})
+    assert words in found.description
+    assert not {"sd", "sdxl"} & set(found.roles)
+    assert ("sd_vae" in found.roles) == (kind != "sdxl_diffusers")
+
+
+def test_roles_by_what_is_in_the_file() -> None:
+    shapes = {key: tuple(shape) for key, shape in KINDS["sd1"].items()}
+    assert detect(shapes).roles == ("sd", "sd_vae")
+    unet = {key: shape for key, shape in shapes.items() if key.startswith("model.diffusion_model.")}
+    assert detect(unet).roles == ("sd",)
+    assert detect(unet).description == "an SD 1.x U-Net"
+    refiner = {"down_blocks.0.resnets.0.time_emb_proj.weight": (1, 1), "add_embedding.linear_1.weight": (1536, 2560)}
+    assert detect(refiner).name == "sdxl_refiner"
 
 
 @pytest.mark.parametrize(
