@@ -333,6 +333,19 @@ class PrecisionOptions:
     fp8_base: bool = option(
         False, help="hold the parts that are not trained in fp8; needs --mixed_precision fp16 or bf16"
     )
+    fp8_scaled: bool = option(
+        False, help="like --fp8_base_unet, with a scale for each row of a weight: as small, several times more exact"
+    )
+    int8_base: bool = option(False, help="like --fp8_scaled, in int8, for cards without fp8")
+    nf4_base: bool = option(
+        False, help="hold the transformer in 4 bits; half the memory of int8, less exact; needs bitsandbytes and CUDA"
+    )
+    fp8_compute: bool = option(
+        False, help="multiply with frozen weights in fp8: faster on cards that can (Ada, Hopper), a little less exact"
+    )
+    int8_compute: bool = option(
+        False, help="multiply with frozen weights in int8: faster on most cards, a little less exact"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,14 +355,24 @@ class MemoryOptions:
     gradient_checkpointing: bool = option(
         False, help="compute activations again in the backward pass instead of keeping them: slower, far less memory"
     )
-    xformers: bool = option(False, help="attention of the xformers package")
-    sdpa: bool = option(False, help="attention of torch; FLUX always uses it")
+    checkpoint_every_n_blocks: int = option(
+        1, help="with --gradient_checkpointing: only each Nth block computes again; faster, more memory", least=1
+    )
+    attn_mode: str | None = option(
+        choices=(None, "torch", "sdpa", "xformers", "flash"),
+        help="attention: of torch (torch, sdpa), of xformers, or of flash-attn (flash); torch when not given",
+    )
+    xformers: bool = option(False, help="attention of the xformers package, like --attn_mode xformers")
+    sdpa: bool = option(False, help="attention of torch, like --attn_mode torch")
     mem_eff_attn: bool = option(False, help="attention in slices")
     torch_compile: bool = option(False, help="compile the model")
     dynamo_backend: str = option(
         "inductor",
         choices=_BACKENDS,
         help="compiler used with --torch_compile",
+    )
+    vram: float | None = option(
+        help="memory of the GPU to plan for, in GiB; when not given that of the GPU that is there", least=1
     )
 
 
@@ -491,6 +514,23 @@ class ValidationOptions:
     validate_every_n_steps: int | None = option(help="validate every N steps; after each epoch when not given")
     validate_every_n_epochs: int | None = option(help="validate every N epochs")
     max_validation_steps: int | None = option(help="greatest number of batches per validation")
+    save_best: bool = option(False, help="keep the model with the least validation loss, too, as <output_name>-best")
+    early_stop_patience: int | None = option(
+        help="end the training when the validation loss has not fallen for this many validations", least=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaOptions:
+    """Moving average of the weights."""
+
+    ema_decay: float | None = option(
+        help="keep an exponential moving average of what is trained and save it, too, as <file>-ema",
+        example="0.999",
+        least=0,
+        most=1,
+    )
+    ema_on_cpu: bool = option(False, help="keep the average in main memory")
 
 
 # output
@@ -900,7 +940,7 @@ FLUX_TRAIN_NETWORK = Script(
     summary="Trains a LoRA or another network on FLUX.1.",
     groups=(
         *(*_CONSOLE, *_DATASET, NetworkOptions, *_TRAINING, *_TRAINERS_ONLY),
-        *(VaePrecisionOptions, PriorLossOptions, ValidationOptions),
+        *(VaePrecisionOptions, PriorLossOptions, ValidationOptions, EmaOptions),
     ),
     pending={
         **_TRAINING_PENDING,
@@ -915,7 +955,10 @@ FLUX_TRAIN_NETWORK = Script(
 FLUX_TRAIN = Script(
     name="flux_train.py",
     summary="Fine-tunes the whole transformer of FLUX.1.",
-    groups=(*_CONSOLE, *_DATASET, FluxFullOptions, FullSaveOptions, *_TRAINING, *_TRAINERS_ONLY),
+    groups=(
+        *(*_CONSOLE, *_DATASET, FluxFullOptions, FullSaveOptions, *_TRAINING, *_TRAINERS_ONLY),
+        *(ValidationOptions, EmaOptions),
+    ),
     pending={
         **_TRAINING_PENDING,
         "double_blocks_to_swap": "swapping blocks comes later; use --gradient_checkpointing",
