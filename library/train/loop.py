@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from library.randomness import Draws
-from library.types import Batch, Cond
+from library.types import Batch, Cond, Noised
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from library.methods.base import Method
     from library.objectives import Objective
     from library.train.state import RunState
-    from library.train.steppers import Stepper
+    from library.train.steppers import AnyStepper
 
 
 class Observer(Protocol):
@@ -44,7 +44,7 @@ class Run:
     """The text outputs of a batch, cached or live."""
     latents: Callable[[Batch], Tensor]
     """The latents of a batch, cached or live."""
-    stepper: Stepper
+    stepper: AnyStepper
     state: RunState
     observers: Sequence[Observer]
 
@@ -75,7 +75,18 @@ def batch_loss(run: Run, batch: Batch) -> Tensor:
     with run.accelerator.autocast():
         cond = run.cond(batch)
         noised = run.objective.noise(run.latents(batch), Draws(batch.draws, run.accelerator.device))
-        prediction = run.family.predict(run.denoiser, noised.input, noised.timesteps, cond)
-        noised = run.method.target(noised, batch, cond)
-    losses = run.objective.loss(prediction.float(), noised, batch.mask)
-    return (losses * batch.loss_weights).sum()
+    return (sample_losses(run, batch, noised, cond) * batch.loss_weights).sum()
+
+
+def sample_losses(run: Run, batch: Batch, noised: Noised, cond: Cond) -> Tensor:
+    """(B,): how wrong the denoiser is about each sample of a batch."""
+    objective = run.objective
+
+    def predict(noised: Noised, cond: Cond) -> Tensor:
+        with run.accelerator.autocast():
+            prediction = run.family.predict(run.denoiser, noised.input, noised.timesteps, cond)
+        return prediction.float()
+
+    prediction = predict(noised, cond)
+    noised = run.method.target(noised, batch, cond, lambda part, of: objective.estimate(predict(part, of), part))
+    return objective.loss(prediction, noised, batch.mask)
