@@ -22,7 +22,7 @@ from library.places import check_readable, check_writable
 from library.sampling import SampleRequest, to_image
 from library.sampling import generate as sample
 from library.types import Cond, Finding
-from networks import lora_flux, reading
+from networks import lora_flux, oft_flux, reading
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -150,9 +150,12 @@ class Painter:
     def _part(self, name: str) -> nn.Module:
         if name not in self._parts:
             self._parts[name] = self._load(name)
-            if name != "ae":
+            if name != "ae" and self.merge:
                 self._attach(name)
                 self._store(name)
+            elif name != "ae":  # networks cover the module as it is stored
+                self._store(name)
+                self._attach(name)
         return self._parts[name]
 
     def _load(self, name: str) -> nn.Module:
@@ -169,7 +172,7 @@ class Painter:
         """Puts a part that shall be stored in eight bits into them; networks are merged before, in full precision."""
         dtype: torch.dtype = getattr(self.dtypes, name)
         if quantized.is_float8(dtype):
-            quantized.store_linears(self._parts[name], dtype)
+            quantized.store_linears(self._parts[name], "fp8")
 
     def _attach(self, name: str) -> None:
         """Applies or merges the networks to one part, each as far as it has weights for it.
@@ -182,11 +185,12 @@ class Painter:
         networks = []
         for number, lora in enumerate(self.loras):
             weights = reading.read_weights(lora.path)
-            own = lora_flux.weights_for(weights, encoders, denoiser)
+            plugin = oft_flux if any(name.startswith("oft_unet_") for name in weights) else lora_flux
+            own = plugin.weights_for(weights, encoders, denoiser)
             self._fitting |= {number} if own else set()
             if not own and (denoiser is None or number in self._fitting):
                 continue
-            network, _ = lora_flux.create_network_from_weights(
+            network, _ = plugin.create_network_from_weights(
                 lora.multiplier, lora.path, None, encoders, denoiser, own or weights, for_inference=True
             )
             if self.merge:
