@@ -106,7 +106,7 @@ class Fed:
         self.tensors: dict[str, dict[str, Tensor]] = {}
         compute = loop.batch_loss
 
-        def noting(run: Any, batch: Any) -> Tensor:
+        def noting(run: Any, batch: Any) -> loop.BatchLoss:
             inputs = {"latents": run.latents(batch), **run.cond(batch)}
             for row, name in enumerate(batch.names):
                 self.tensors[Path(name).name] = {key: tensor[row].clone() for key, tensor in inputs.items()}
@@ -413,7 +413,7 @@ def test_a16_all_orientations_of_a_picture_are_one_picture(
     seen: dict[str, Tensor] = {}
     compute = loop.batch_loss
 
-    def noting(run: Any, batch: Any) -> Tensor:
+    def noting(run: Any, batch: Any) -> loop.BatchLoss:
         seen[Path(batch.names[0]).name] = batch.pixels[0]
         return compute(run, batch)
 

@@ -127,7 +127,7 @@ class Seen:
         self.batches: list[Any] = []
         compute = loop.batch_loss
 
-        def noting(run: Any, batch: Any) -> Tensor:
+        def noting(run: Any, batch: Any) -> loop.BatchLoss:
             self.batches.append(batch)
             return compute(run, batch)
 

@@ -7,6 +7,7 @@ import importlib
 import io
 import re
 import shlex
+import tarfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -211,6 +212,9 @@ def test_dataset_files_run(
             (tmp_path / folder / f"i{number}.png").rename(tmp_path / folder / name)
             (tmp_path / folder / f"i{number}.txt").rename(tmp_path / folder / f"{name[:3]}.txt")
     (tmp_path / "train" / "meta_cat.json").write_text(metadata, encoding="utf-8")
+    (tmp_path / "train" / "shards").mkdir()
+    with tarfile.open(tmp_path / "train" / "shards" / "000.tar", "w") as shard:
+        shard.add(tmp_path / "train" / "cats", arcname="")
     for number, block in enumerate(found):
         (tmp_path / f"{number}.toml").write_text(block, encoding="utf-8")
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -179,7 +179,7 @@ def test_objective_and_loss_are_float32_whatever_the_model_computes_in(family: F
         original_sizes=[size, size],
         crops=[(0, 0), (0, 0)],
     )
-    loss = batch_loss(run, batch)
+    loss = batch_loss(run, batch).share
     assert {tensor.dtype for tensor in [*seen, loss]} == {torch.float32}
     noised = family.objective().noise(latents, Draws(batch.draws))
     assert torch.equal(seen[0], noised.input)

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.data import shards
 from library.data.items import Item
 
 
@@ -36,7 +37,7 @@ class CacheNames:
     def _placed(self, beside: str) -> Path:
         path = Path(beside)
         if self.folder is None:
-            return path
+            return shards.beside(path)
         parent = path.parent.absolute()
         return self.folder / f"{parent.name}_{_digest(str(parent))}" / path.name
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from library.data import shards
 from library.data.headers import TURNS, UNREADABLE, DamagedImageError, check_png, register_plugins
 from library.log import DataError
 
@@ -49,7 +49,7 @@ def decoded(path: str, orientation: int = 1) -> Decoded:
     """
     register_plugins()
     try:
-        with Path(path).open("rb") as file, Image.open(file) as image:
+        with shards.opened(path) as file, Image.open(file) as image:
             depth = _checked_depth(file) if image.format == "PNG" else 8
             colours, opacity = _channels(image, depth)
             if orientation in TURNS:
@@ -63,7 +63,7 @@ def decoded(path: str, orientation: int = 1) -> Decoded:
 def _checked_depth(file: BinaryIO) -> int:
     """Bits per channel of a PNG, whose checksums are compared first, since Pillow doesn't look at those of pixels."""
     position = file.tell()
-    check_png(file, os.fstat(file.fileno()).st_size, sums=True)
+    check_png(file, file.seek(0, os.SEEK_END), sums=True)
     file.seek(_PNG_DEPTH_AT)
     depth = file.read(1)[0]
     file.seek(position)

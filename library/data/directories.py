@@ -10,7 +10,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 from library import encodings
-from library.data.folders import IMAGE_SUFFIXES, is_leftover
+from library.data import shards
+from library.data.folders import IMAGE_SUFFIXES, is_leftover, leads_to_leftover
 from library.data.headers import DamagedImageError, read_header
 from library.data.progress import Progress
 from library.data.scan_cache import Remembered, ScanCache
@@ -43,7 +44,7 @@ def splitext(name: str) -> tuple[str, str]:
 
 
 class Directory:
-    """One folder: its files, leftovers of operating systems excluded, and what was read of them."""
+    """One folder or tar file: its files, leftovers of operating systems excluded, and what was read of them."""
 
     def __init__(self, path: str) -> None:
         """Lists it. Errors: OSError."""
@@ -63,11 +64,24 @@ class Directory:
         """By name of the caption file."""
         self.cached_sizes: dict[str, dict[str, Size]] = {}
         """Sizes of images by stem, from the names of latents caches, for each suffix that was asked for."""
-        with os.scandir(path or ".") as entries:
-            self._list(entries)
+        if shards.is_shard(path):
+            self._list_shard()
+        else:
+            with os.scandir(path or ".") as entries:
+                self._list(entries)
         self.images.sort()
         self.others.sort()
         self.folders.sort()
+
+    def _list_shard(self) -> None:
+        """Takes the files in a tar file for those of a folder; their names are paths inside it."""
+        changed = os.stat(self.path).st_mtime_ns  # noqa: PTH116 - text
+        for name, member in shards.members(self.path).items():
+            if leads_to_leftover(name):
+                continue
+            is_image = splitext(name)[1].lower() in IMAGE_SUFFIXES
+            (self.images if is_image else self.others).append(name)
+            self.stamps[name] = (member.bytes, changed)
 
     def _list(self, entries: Iterable[os.DirEntry[str]]) -> None:
         """Sorts entries into images, other files and folders; written for speed, since there may be very many."""
@@ -78,7 +92,7 @@ class Directory:
                 continue
             at = name.rfind(".")
             suffix = name[at:].lower() if at > 0 else ""
-            if entry.is_dir():
+            if entry.is_dir() or suffix == shards.SUFFIX:
                 self.folders.append(name)
                 continue
             is_image = suffix in suffixes
@@ -270,7 +284,10 @@ class Shelf:
 
 
 def _content(path: str, size: int) -> bytes:
-    """All of a small file, whose size is about known."""
+    """All of a small file, whose size is about known. Errors: OSError."""
+    inside = shards.split(path)
+    if inside is not None:
+        return shards.content(*inside)
     descriptor = os.open(path, _BINARY)
     try:
         data = os.read(descriptor, size + 1)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.data import shards
 from library.types import Finding
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".avif", ".jxl"})
@@ -22,6 +24,11 @@ def is_leftover(name: str) -> bool:
     return name[0] == "." or name in _LEFTOVERS
 
 
+def leads_to_leftover(path: str) -> bool:
+    """Whether any part of a path inside an archive is litter."""
+    return any(is_leftover(part) for part in path.split("/") if part)
+
+
 @dataclass(frozen=True)
 class Listing:
     """The content of one folder, leftovers excluded, sorted by name."""
@@ -34,12 +41,14 @@ class Listing:
 
 def listing(folder: Path) -> Listing:
     """What lies directly in a folder. Errors: OSError when it can't be read."""
+    if shards.is_shard(str(folder)):
+        return _inside(shards.members(str(folder)))
     images, others, folders = [], [], []
     with os.scandir(folder) as entries:
         for entry in entries:
             if is_leftover(entry.name):
                 continue
-            if entry.is_dir():
+            if entry.is_dir() or entry.name.lower().endswith(shards.SUFFIX):
                 folders.append(entry.name)
             elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122 - much faster for many files
                 images.append(entry.name)
@@ -48,9 +57,16 @@ def listing(folder: Path) -> Listing:
     return Listing(tuple(sorted(images)), tuple(sorted(others)), tuple(sorted(folders)))
 
 
+def _inside(names: Iterable[str]) -> Listing:
+    """What lies in a tar file, however deep."""
+    ours = sorted(name for name in names if not leads_to_leftover(name))
+    images = tuple(name for name in ours if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)  # noqa: PTH122
+    return Listing(images, tuple(name for name in ours if name not in frozenset(images)), ())
+
+
 @dataclass(frozen=True)
 class ClassFolder:
-    """A folder named `<repeats>_<class tokens>`."""
+    """A folder, or a tar file, named `<repeats>_<class tokens>`."""
 
     path: Path
     repeats: int
@@ -59,7 +75,7 @@ class ClassFolder:
 
 def class_folder(path: Path) -> ClassFolder | str:
     """A folder's repeats and class tokens, or why it is none."""
-    number, _, tokens = path.name.partition("_")
+    number, _, tokens = shards.without_suffix(path.name).partition("_")
     if not number.removeprefix("-").isdecimal():
         return "its name doesn't begin with a number of repeats"
     if int(number) < 1:
@@ -90,7 +106,9 @@ def class_folders(directory: Path, option: str) -> tuple[list[ClassFolder], list
 
 def missing_folder(directory: Path, where: str) -> Finding:
     """An image folder that isn't there."""
-    if directory.exists():
+    if shards.is_shard(str(directory)):
+        what, hint = f"{directory} isn't a whole tar file without compression", "make it anew, or unpack it"
+    elif directory.exists():
         what, hint = f"{directory} is a file, not a folder of images", f"give its folder: {directory.parent}"
     else:
         what, hint = f"the folder {directory} doesn't exist", _nearest_folder(directory)

@@ -8,12 +8,12 @@ import os
 import struct
 import zlib
 from functools import cache
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from library.data.quick_headers import PNG_SIGNATURE, quick_header
+from library.data import shards
+from library.data.quick_headers import PNG_SIGNATURE, Quick, quick_header
 from library.types import Size
 
 EXIF_ORIENTATION = 0x0112
@@ -71,37 +71,47 @@ def read_header(path: str, *, ignore_orientation: bool = False, thorough: bool =
     `thorough` reads the whole of a PNG and compares its checksums. Errors: DamagedImageError.
     """
     try:
-        descriptor = os.open(path, _BINARY)
+        size, mtime_ns, quick = _first_look(path, thorough)
     except (OSError, ValueError) as error:
         raise DamagedImageError(getattr(error, "strerror", None) or str(error)) from error
-    try:
-        status = os.fstat(descriptor)
-        if status.st_size == 0:
-            raise DamagedImageError("the file is empty")
-        quick = quick_header(descriptor, status.st_size, sums=thorough)
-    finally:
-        os.close(descriptor)
+    if size == 0:
+        raise DamagedImageError("the file is empty")
     if quick is None:
-        return _decoders_header(path, status, ignore_orientation, thorough)
+        return _decoders_header(path, size, mtime_ns, ignore_orientation, thorough)
     width, height, transparent, orientation = quick
     if ignore_orientation or orientation not in TURNS:
         orientation = 1
-    size = Size(height, width) if orientation >= 5 else Size(width, height)
-    return Header(size, orientation, transparent, status.st_size, status.st_mtime_ns)
+    upright = Size(height, width) if orientation >= 5 else Size(width, height)
+    return Header(upright, orientation, transparent, size, mtime_ns)
 
 
-def _decoders_header(path: str, status: os.stat_result, ignore_orientation: bool, thorough: bool) -> Header:
+def _first_look(path: str, thorough: bool) -> tuple[int, int, Quick | None]:
+    """Bytes, modification time, and what the quick way says. Errors: OSError, ValueError."""
+    inside = shards.split(path)
+    if inside is not None:
+        data = shards.content(*inside)
+        return len(data), os.stat(inside[0]).st_mtime_ns, quick_header(-1, len(data), sums=thorough, content=data)  # noqa: PTH116
+    descriptor = os.open(path, _BINARY)
+    try:
+        status = os.fstat(descriptor)
+        quick = quick_header(descriptor, status.st_size, sums=thorough) if status.st_size else None
+        return status.st_size, status.st_mtime_ns, quick
+    finally:
+        os.close(descriptor)
+
+
+def _decoders_header(path: str, size: int, mtime_ns: int, ignore_orientation: bool, thorough: bool) -> Header:
     """The header as Pillow reads it. Errors: DamagedImageError."""
     register_plugins()
     try:
-        with Path(path).open("rb") as file:
-            _check_riff(file, status.st_size)
+        with shards.opened(path) as file:
+            _check_riff(file, size)
             with Image.open(file) as image:
-                late_exif = _check_whole(image, file, status.st_size, thorough)
+                late_exif = _check_whole(image, file, size, thorough)
                 orientation = 1 if ignore_orientation else _orientation(image, late_exif)
                 width, height = image.size[::-1] if orientation >= 5 else image.size
                 transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
-        return Header(Size(width, height), orientation, transparent, status.st_size, status.st_mtime_ns)
+        return Header(Size(width, height), orientation, transparent, size, mtime_ns)
     except UnidentifiedImageError:
         raise DamagedImageError(_not_an_image(path)) from None
     except Image.DecompressionBombError:
@@ -118,7 +128,7 @@ def register_plugins() -> None:
 
 
 def _not_an_image(path: str) -> str:
-    with Path(path).open("rb") as file:
+    with shards.opened(path) as file:
         start = file.read(512)
     if path.lower().endswith(".jxl") and start[:2] in (b"\xff\x0a", b"\x00\x00"):
         return "Pillow can't read JPEG XL here (pip install pillow-jxl-plugin)"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
+from library.data import shards
 from library.data.arrays import DAMAGED, FORMAT_VERSION
 from library.data.items import Item
-from library.files import sha256
 
 _RECORDED_ONLY = ("orientation", "background")
 """Not known of an image that isn't there any more."""
@@ -25,15 +24,14 @@ class Digests:
     def content(self, path: str) -> str:
         """The hash of a file's content. Errors: OSError."""
         if path not in self._hashes:
-            self._hashes[path] = sha256(path)
+            self._hashes[path] = shards.sha256(path)
         return self._hashes[path]
 
     def stamp(self, path: str) -> tuple[int, int] | None:
         """Bytes and time of a file; None when it isn't there."""
         if path not in self._stamps:
             try:
-                status = os.stat(path)  # noqa: PTH116 - many items
-                self._stamps[path] = status.st_size, status.st_mtime_ns
+                self._stamps[path] = shards.stamp(path)
             except OSError:
                 self._stamps[path] = None
         return self._stamps[path]

@@ -66,13 +66,13 @@ class _Window:
         return data
 
 
-def quick_header(descriptor: int, size: int, *, sums: bool = False) -> Quick | None:
-    """The header of an open file of `size` bytes; None where a decoder should look.
+def quick_header(descriptor: int, size: int, *, sums: bool = False, content: bytes | None = None) -> Quick | None:
+    """The header of an open file of `size` bytes, or of its `content`; None where a decoder should look.
 
     Whole files only: the end of the file is looked at, too. With `sums` the checksums of all parts of a PNG agree.
     """
     try:
-        start = os.read(descriptor, AT_ONCE)
+        start = os.read(descriptor, AT_ONCE) if content is None else content
         window = _Window(descriptor, start, size)
         if start.startswith(PNG_SIGNATURE):
             found = _png(window, sums)

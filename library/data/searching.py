@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from library.data import folders, metadata_file
+from library.data import folders, metadata_file, shards
 from library.data.cache_info import CacheInfo
 from library.data.directories import Directory, Shelf, splitext
 from library.data.scan_report import some
@@ -197,6 +197,8 @@ class Finder:
             found = self._named(self.shelf.directory(str(Path(folder or "."))), name)
             if found is not None:
                 return found
+        if root is not None and shards.is_shard(root.path):
+            return self._named(root, key)
         folder, name = os.path.split(key)
         directory = self.shelf.directory(str(Path(folder or "."))) if root is None else root
         if root is not None and folder:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from library import bands
 from library.randomness import Draws
 from library.types import Batch, Cond, Noised
 
@@ -49,14 +50,23 @@ class Run:
     observers: Sequence[Observer]
 
 
+class BatchLoss(NamedTuple):
+    """The loss of a micro-batch."""
+
+    share: Tensor
+    """0-d, so weighted that the sum over a step's batches is the mean over its samples."""
+    bands: Tensor
+    """Losses by noise level, see `bands.sums`."""
+
+
 def fit(run: Run) -> None:
     """Trains until the state says that the run is finished or has been asked to stop."""
     state = run.state
     while not state.finished:
         for batch in run.batches(state.epoch, state.batch):
             loss = batch_loss(run, batch.to(run.accelerator.device))
-            run.accelerator.backward(loss)
-            state.saw(batch, loss.detach())
+            run.accelerator.backward(loss.share)
+            state.saw(batch, loss.share.detach(), loss.bands)
             if not batch.completes_step:
                 continue
             state.stepped(run.stepper.step(state.step + 1))
@@ -69,13 +79,14 @@ def fit(run: Run) -> None:
                 observer.after_epoch(state)
 
 
-def batch_loss(run: Run, batch: Batch) -> Tensor:
-    """The loss of a micro-batch, so weighted that the sum over a step's batches is the mean over its samples."""
+def batch_loss(run: Run, batch: Batch) -> BatchLoss:
+    """The loss of a micro-batch, of the weights of now."""
     run.method.before_batch(batch)
     with run.accelerator.autocast():
         cond = run.cond(batch)
         noised = run.objective.noise(run.latents(batch), Draws(batch.draws, run.accelerator.device))
-    return (sample_losses(run, batch, noised, cond) * batch.loss_weights).sum()
+    losses, weights = sample_losses(run, batch, noised, cond), batch.loss_weights
+    return BatchLoss(share=(losses * weights).sum(), bands=bands.sums(losses, noised.timesteps, weights))
 
 
 def sample_losses(run: Run, batch: Batch, noised: Noised, cond: Cond) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol
 
+from library import bands
 from library.log import UserError, get_logger
 from library.train.ranks import Later, Ranks
 
@@ -49,18 +50,34 @@ class Reading:
     """Other values of the step, such as `grad_norm`."""
     names: tuple[str, ...] = ()
     """Images that this process had in the step."""
+    smoothed: float = math.nan
+    """Exponential moving average of the loss over the whole run."""
+    by_band: Mapping[str, float] = field(default_factory=dict)
+    """Mean losses by noise level, under the names of `bands.tag`; only levels that the step had."""
 
 
 @dataclass(kw_only=True)
 class _Pending:
     step: int
     numbers: Later | list[float]
-    """The loss, then the metrics."""
+    """The loss, the metrics, and what `bands.sums` gave."""
     metric_names: tuple[str, ...]
     names: tuple[str, ...]
 
     def read(self) -> list[float]:
         return self.numbers if isinstance(self.numbers, list) else self.numbers.read()
+
+    def named(self) -> dict[str, float]:
+        """The loss and the metrics."""
+        return dict(zip(("loss", *self.metric_names), self.read(), strict=False))
+
+    def by_band(self) -> list[float]:
+        """What `bands.sums` gave."""
+        return self.read()[1 + len(self.metric_names) :]
+
+
+SMOOTHING = 0.99
+"""Share of the smoothed loss that stays with each step."""
 
 
 class LossWindow:
@@ -76,7 +93,9 @@ class LossWindow:
         self.ranks = ranks or Ranks()
         self._slots: list[float] = []
         self._total, self._finite = Fraction(0), 0  # of the finite slots; exact, so that a resumed run has the same
+        self._smoothed, self._steps = 0.0, 0
         self._sum: Tensor | None = None
+        self._bands: Tensor | None = None
         self._names: list[str] = []
         self._pending: deque[_Pending] = deque()
 
@@ -85,10 +104,17 @@ class LossWindow:
         """The moving average; NaN before the first finite loss."""
         return float(self._total / self._finite) if self._finite else math.nan
 
-    def add(self, loss: Tensor, names: Sequence[str] = ()) -> None:
-        """Takes the (0-d) loss of a micro-batch: its share of the loss of the step."""
+    @property
+    def smoothed(self) -> float:
+        """The exponential moving average over all steps; NaN before the first finite loss."""
+        return self._smoothed / (1 - SMOOTHING**self._steps) if self._steps else math.nan
+
+    def add(self, loss: Tensor, names: Sequence[str] = (), by_band: Tensor | None = None) -> None:
+        """Takes the (0-d) loss of a micro-batch, its share of the loss of the step, and what `bands.sums` gave."""
         loss = loss.detach().float()
         self._sum = loss if self._sum is None else self._sum + loss
+        if by_band is not None:
+            self._bands = by_band if self._bands is None else self._bands + by_band
         self._names.extend(names)
 
     def close(self, step: int, metrics: Mapping[str, Tensor | float] | None = None) -> list[Reading]:
@@ -102,17 +128,18 @@ class LossWindow:
             torch.as_tensor(value, dtype=torch.float32).to(device, non_blocking=True) for value in metrics.values()
         ]
         numbers = torch.stack([loss.reshape(()), *(value.detach().reshape(()) for value in values)])
-        later = self.ranks.mean_later(numbers)
+        by_band = torch.zeros(bands.NUMBERS, device=device) if self._bands is None else self._bands
+        later = self.ranks.mean_later(torch.cat((numbers, by_band)))
         earlier = self.drain()
         self._pending.append(_Pending(step=step, numbers=later, metric_names=tuple(metrics), names=tuple(self._names)))
-        self._sum, self._names = None, []
+        self._sum, self._bands, self._names = None, None, []
         return earlier
 
     def peek(self) -> list[Mapping[str, float]]:
         """The loss and the metrics of the steps that are still unread, which stay unread; waits for the device."""
         for pending in self._pending:
             pending.numbers = pending.read()
-        return [dict(zip(("loss", *item.metric_names), item.read(), strict=True)) for item in self._pending]
+        return [pending.named() for pending in self._pending]
 
     def drain(self) -> list[Reading]:
         """Gives all readings that are left; waits for the device."""
@@ -121,14 +148,18 @@ class LossWindow:
         return readings
 
     def _read(self, pending: _Pending) -> Reading:
-        loss, *others = pending.read()
+        metrics = pending.named()
+        loss = metrics.pop("loss")
         slot = (pending.step - 1) % self.length
         self._slots.extend([math.nan] * (slot + 1 - len(self._slots)))
         self._count(self._slots[slot], -1)
         self._slots[slot] = loss
         self._count(loss, 1)
-        metrics = dict(zip(pending.metric_names, others, strict=True))
-        return Reading(pending.step, loss, self.average, metrics, pending.names)
+        if math.isfinite(loss):
+            self._smoothed, self._steps = SMOOTHING * self._smoothed + (1 - SMOOTHING) * loss, self._steps + 1
+        return Reading(
+            pending.step, loss, self.average, metrics, pending.names, self.smoothed, bands.means(pending.by_band())
+        )
 
     def _count(self, loss: float, sign: int) -> None:
         """Adds a loss to the sum, or takes it out."""
@@ -142,6 +173,7 @@ class LossWindow:
         return {
             "length": self.length,
             "slots": _writable(self._slots),
+            "smoothed": [self._smoothed, self._steps],
             "pending": [
                 {"step": item.step, "numbers": _writable(item.read()), "metrics": list(item.metric_names)}
                 for item in self._pending
@@ -151,6 +183,7 @@ class LossWindow:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a window of `state_dict`; slots of an epoch of another length are left out."""
         self._slots = [float(value) for value in state["slots"]] if state["length"] == self.length else []
+        self._smoothed, self._steps = state.get("smoothed", (0.0, 0))
         self._total, self._finite = Fraction(0), 0
         for loss in self._slots:
             self._count(loss, 1)
@@ -245,10 +278,10 @@ class RunState:
         """Number of the epoch that the last step belongs to, counted from 1."""
         return self.epoch if self.batch or self.epoch == 1 else self.epoch - 1
 
-    def saw(self, batch: SeenBatch, loss: Tensor) -> None:
-        """A micro-batch has gone backward; `loss` is its (0-d) share of the step's loss."""
+    def saw(self, batch: SeenBatch, loss: Tensor, by_band: Tensor | None = None) -> None:
+        """A micro-batch has gone backward; `loss` is its (0-d) share of the step's, `by_band` see `bands.sums`."""
         self.epoch, self.batch = batch.epoch, batch.index + 1
-        self.loss.add(loss, batch.names)
+        self.loss.add(loss, batch.names, by_band)
 
     def stepped(self, metrics: Mapping[str, Tensor | float] | None = None) -> None:
         """The optimizer has stepped. Errors: UserError when too many steps in a row weren't finite."""

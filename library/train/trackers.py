@@ -238,8 +238,13 @@ class Trackers:
     def _take(self, readings: Sequence[Reading]) -> None:
         for reading in readings:
             epoch, rates = self._waiting.pop(reading.step, (None, {}))
-            values: dict[str, float] = {"loss/current": reading.loss, "loss/average": reading.average}
-            values |= reading.metrics
+            values: dict[str, float] = {
+                "loss/current": reading.loss,
+                "loss/average": reading.average,
+                "loss/smoothed": reading.smoothed,
+                **reading.by_band,
+                **reading.metrics,
+            }
             values |= rates
             if epoch is not None:
                 values["epoch"] = float(epoch)
