@@ -117,7 +117,7 @@ MISTAKES: dict[str, tuple[str, Argv, int, str, tuple[str, ...]]] = {
     "seed too large": (LORA, words("--seed", "99999999999"), USAGE, "E-OPTION", ("--seed", "4294967295 or less")),
     "batch of nothing": (LATENTS, words("--vae_batch_size", "0"), USAGE, "E-OPTION", ("--vae_batch_size", "1 or more")),
     "nothing to show": (METADATA, words(), USAGE, "E-OPTION", ("--model is missing", "safetensors file")),
-    "feature to come": (LORA, words("--blocks_to_swap", "9"), USAGE, "E-LATER", ("--blocks_to_swap", "checkpointing")),
+    "feature to come": (LORA, words("--deepspeed"), USAGE, "E-LATER", ("--deepspeed", "later")),
     "not with FLUX": (LORA, words("--weighted_captions"), USAGE, "E-REFUSED", ("--weighted_captions", "FLUX can't")),
     "log file nowhere": (
         LORA,
