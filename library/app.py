@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,46 +10,44 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import set_seed
 
-from library import caching, devices, garbage, inspection, log, run_data
+from library import caching, devices, garbage, inspection, log, placing, run_data
 from library.assembly import Job, Precision, Setting, assemble
 from library.data import reports
 from library.data.dataset import TrainingData
 from library.families.base import Family
 from library.hub import download_state
+from library.methods import preservation
 from library.methods.base import Method, table_lines, trained_table
-from library.models import memory
 from library.option_groups import (
     CacheToolOptions,
     DatasetOptions,
     HubOptions,
     LengthOptions,
     MemoryOptions,
-    NetworkOptions,
-    OptimizerOptions,
     SampleOptions,
     SaveOptions,
     ScheduleOptions,
     StateOptions,
     T5DtypeOptions,
-    TextCacheOptions,
+    ValidationOptions,
 )
 from library.prompts import load_prompts
-from library.train import loop, preflight, processes, resume, watch
+from library.train import loop, preflight, processes, resume, validation, watch
+from library.train.advice import Planner
 from library.train.conditions import Conditions, remember_prompts
-from library.train.forecast import Forecast
+from library.train.forecast import GIB
 from library.train.plan import Plan, make_plan
 from library.train.ranks import Ranks
 from library.train.room import Room, check_cache_room, check_disk
+from library.train.setups import largest_batch, setup_of
 from library.types import DENOISER, Finding, Models, errors
 
 if TYPE_CHECKING:
     from library.data.sources import Scan
+    from library.models.streaming import Streaming
     from library.options import Options
 
 logger = log.get_logger(__name__)
-
-Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
-"""Of the tensors of each part of a model."""
 
 
 def train(family_class: type[Family], method_class: type[Method], options: Options) -> None:
@@ -76,11 +74,13 @@ def train(family_class: type[Family], method_class: type[Method], options: Optio
     run_data.check_lengths(options, family, job.data)
     watch.start()
     try:
-        conditions = _encode_what_is_cached(job)
-        _load_and_attach(job, conditions.models)
-        assembled = assemble(job, conditions, ready.state_folder)
-        with assembled:
-            loop.fit(assembled.run)
+        conditions = _encode_what_is_cached(job, ready.planner)
+        with ready.planner.during("loading the denoiser"):
+            streamed = _load_and_attach(job, conditions.models)
+        with ready.planner.during("training"):
+            assembled = assemble(job, conditions, ready.state_folder, None if streamed is None else streamed.settle)
+            with assembled:
+                loop.fit(assembled.run)
     finally:
         watch.stop()
     processes.leave()
@@ -97,6 +97,7 @@ class _Ready:
     precision: Precision
     caches: caching.Caches
     plan: Plan
+    planner: Planner
     state_folder: Path | None
 
 
@@ -108,25 +109,24 @@ def _prepare(family_class: type[Family], method_class: type[Method], options: Op
     state_folder = _state_to_resume(options)
     scan = run_data.find(options, family)
     findings += [*scan.findings, *family.findings(), *preflight.check_combinations(options)]
-    findings += preflight.check_paths(options, load_prompts)
+    findings += [*preflight.check_paths(options, load_prompts), *_about_validation(options, scan, method)]
     if errors(findings) or not scan.items:
         preflight.report([*findings, *preflight.check_rates(options)])
     if not _only_looks(options):  # which shows more of it later
         _show("data", reports.caption_table(scan.items, scan.reports))
     data, precision = run_data.of_scan(options, scan, family, 0), Precision.from_options(options)
     caches = caching.look(options, family, data, precision, method.changes_to_encoders())
-    shapes = family.part_shapes()
-    trained = method.trained_elements(shapes)
+    trained = method.trained_elements(family.part_shapes())
     plan = _plan(options, data, _room(options, trained, precision, caches.bytes_needed(family, processes.world_size())))
-    regularization = data.regularization_line()
-    _show("plan", [*plan.lines(), *([regularization] if regularization else [])])
-    forecast = _forecast(options, method, shapes, trained, precision)
-    _show("memory", forecast)
+    _show("plan", [*plan.lines(), *filter(None, (data.regularization_line(), data.validation_line()))])
+    planner = _planner(options, family, method, data, trained)
+    _show("memory", planner.lines())
     family.load_tokenizers()
     folders = Path(options[SaveOptions].output_dir or "."), run_data.cache_folder(options, scan)
-    preflight.report([*findings, *preflight.check_rates(options), *caches.findings(), *check_disk(plan, *folders)])
+    findings += [*planner.findings(), *preflight.check_rates(options), *caches.findings(), *check_disk(plan, *folders)]
+    preflight.report(findings)
     if _only_looks(options) and processes.is_main():
-        inspection.inspect(options, family, data, [*plan.lines(), *forecast])
+        inspection.inspect(options, family, data, [*plan.lines(), *planner.lines()])
     return _Ready(
         options=options,
         family=family,
@@ -135,6 +135,7 @@ def _prepare(family_class: type[Family], method_class: type[Method], options: Op
         precision=precision,
         caches=caches,
         plan=plan,
+        planner=planner,
         state_folder=state_folder,
     )
 
@@ -183,21 +184,34 @@ def _state_to_resume(options: Options) -> Path | None:
     return found
 
 
-def _forecast(
-    options: Options, method: Method, shapes: Shapes, trained_elements: int, precision: Precision
-) -> list[str]:
-    kept = [name for name in shapes if name != DENOISER]
-    if options[TextCacheOptions].cache_text_encoder_outputs:
-        kept = [name for name in kept if name in method.trained_encoders()]
-    return Forecast.of(
+def _about_validation(options: Options, scan: Scan, method: Method) -> Iterator[Finding]:
+    """What is wrong with options and attributes that are about held-out images, or what is to be preserved."""
+    subsets = (subset for dataset in scan.config.datasets for subset in dataset.subsets)
+    yield from preservation.findings(((subset.where, subset.custom_attributes) for subset in subsets), method)
+    yield from validation.findings(options[ValidationOptions], held_out=bool(scan.held_out))
+
+
+def _planner(options: Options, family: Family, method: Method, data: TrainingData, trained_elements: int) -> Planner:
+    """What the run needs in memory, and what the device has."""
+    device, given = devices.best_device(), options[MemoryOptions].vram
+    prompts = options[SampleOptions].sample_prompts
+    shapes, model = family.part_shapes(), family.activations()
+    batch, size = largest_batch(data.all_items, data.batch_sizes)
+    setup = setup_of(
+        options,
         shapes,
-        kept=kept,
         trained_elements=trained_elements,
-        beside=options.has(NetworkOptions),
-        frozen_size=precision.frozen.itemsize,
-        trained_size=precision.trained.itemsize,
-        optimizer=options[OptimizerOptions].optimizer_type or "AdamW",
-    ).lines()
+        trained_encoders=method.trained_encoders(),
+        trains_denoiser=DENOISER not in method.frozen(),
+        batch=batch,
+        size=size,
+        token_limits=family.token_limits(),
+        samples=[request.size for request in load_prompts(prompts)] if prompts else (),
+        units=model.swap_units,
+        device=device.type if given is None else "cuda",
+    )
+    memory = devices.total_memory(device) if given is None else round(given * GIB)
+    return Planner(shapes, model, setup, memory=memory, main_memory=devices.main_memory())
 
 
 def _room(options: Options, trained_elements: int, precision: Precision, cache_bytes: int) -> Room:
@@ -248,7 +262,7 @@ def _show(title: str, lines: Sequence[str]) -> None:
 # encoding what is cached
 
 
-def _encode_what_is_cached(job: Job) -> Conditions:
+def _encode_what_is_cached(job: Job, planner: Planner) -> Conditions:
     """Text first, then images; an encoder with nothing to do isn't loaded, and dropped as soon as it is done."""
     family, method, caches = job.family, job.method, job.caches
     samples = bool(job.options[SampleOptions].sample_prompts)
@@ -259,10 +273,11 @@ def _encode_what_is_cached(job: Job) -> Conditions:
     if caches.text is not None:
         live = tuple(name for name in live if name in conditions.trained)
         encoders = _load_encoders(job, family.encoder_names if caches.lack_text or samples else live)
-        caching.fill_text(job, encoders)
-        if samples and job.ranks.is_main:
-            with job.accelerator.autocast():
-                remember_prompts(conditions, encoders, _prompt_texts(job.options))
+        with planner.during("text encoding"):
+            caching.fill_text(job, encoders)
+            if samples and job.ranks.is_main:
+                with job.accelerator.autocast():
+                    remember_prompts(conditions, encoders, _prompt_texts(job.options))
         conditions.models.encoders = {name: encoders.pop(name) for name in live}
         del encoders
         devices.release_memory()
@@ -273,7 +288,8 @@ def _encode_what_is_cached(job: Job) -> Conditions:
         conditions.models.vae = family.load_vae(job.device, job.precision.vae)
     if caches.latents is not None:
         vae = conditions.models.vae
-        caching.fill_latents(job, vae)
+        with planner.during("image encoding"):
+            caching.fill_latents(job, vae)
         conditions.models.vae = vae.to("cpu") if vae is not None and samples else None
         del vae
         devices.release_memory()
@@ -284,9 +300,8 @@ def _load_encoders(
     job: Setting, names: Sequence[str], dtypes: dict[str, torch.dtype] | None = None
 ) -> dict[str, torch.nn.Module]:
     watch.heartbeat("loading the text encoders")
-    loaded: dict[str, torch.nn.Module] = {}
-    for name in names:
-        loaded |= job.family.load_encoders([name], job.device, (dtypes or {}).get(name, job.precision.frozen))
+    trained = frozenset(job.method.trained_encoders()) if isinstance(job, Job) else frozenset()
+    loaded = placing.load_encoders(job, names, trained, dtypes)
     if isinstance(job, Job):
         job.method.loaded(Models(encoders=loaded))
     return loaded
@@ -343,17 +358,16 @@ def _encoder_types(options: Options, precision: Precision) -> str | None:
 # loading what is trained
 
 
-def _load_and_attach(job: Job, models: Models) -> None:
+def _load_and_attach(job: Job, models: Models) -> Streaming | None:
     """Loads the denoiser, attaches the method, applies what saves memory, and says what is trained."""
     options, method = job.options, job.method
     watch.heartbeat("loading the denoiser")
-    is_network = options.has(NetworkOptions)
-    dtype = job.precision.frozen if is_network else job.precision.trained
-    models.denoiser = job.family.load_denoiser(job.device, dtype)
+    placing.choose_attention(options)
+    streamed = placing.blocks_to_stream(options, job.family)
+    models.denoiser = placing.load_denoiser(job, streamed)
     method.attach(models)
-    if options[MemoryOptions].gradient_checkpointing:
-        for part in (models.denoiser, *(models.encoders[name] for name in method.trained_encoders())):
-            memory.checkpoint_blocks(part)
     method.prepare(job.accelerator, models)
     _show("trained", table_lines(trained_table(method.param_groups(), method.frozen())))
-    logger.info(devices.memory_line(job.device))
+    streaming = placing.finish(job, models, streamed)
+    placing.report(streaming, job.device)
+    return streaming

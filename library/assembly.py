@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library import devices, log
+from library import log, observing, stepping
 from library.caching import Caches
 from library.data.dataset import TrainingData
 from library.families.base import Family
@@ -26,19 +26,14 @@ from library.option_groups import (
     NetworkOptions,
     OptimizerOptions,
     PrecisionOptions,
-    SampleOptions,
     SaveOptions,
-    ScheduleOptions,
-    StateOptions,
-    TrackerOptions,
     VaePrecisionOptions,
 )
-from library.prompts import SampleRequest, load_prompts
 from library.record import Record
-from library.sampling import generate, to_image
-from library.train import optimizers, resume, schedules
+from library.train import resume
+from library.train.best import Best
 from library.train.checkpoints import Checkpoints
-from library.train.conditions import Conditions, decode_latents
+from library.train.conditions import Conditions
 from library.train.control import Control
 from library.train.loop import Run
 from library.train.plan import Plan
@@ -46,13 +41,11 @@ from library.train.previews import Previews
 from library.train.ranks import PINNING, Ranks
 from library.train.resume import Parts
 from library.train.state import RunState
-from library.train.steppers import Stepper
-from library.train.trackers import ProgressLine, Trackers, learning_rates, open_trackers
+from library.train.trackers import Trackers
+from library.train.validation import Validation
 from library.types import Batch
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from library.options import Options
 
 logger = log.get_logger(__name__)
@@ -113,6 +106,7 @@ class Assembled:
     checkpoints: Checkpoints
     previews: Previews
     uploads: Uploads
+    judges: Sequence[Validation | Best] = ()
 
     def __enter__(self) -> Assembled:
         self._stack = ExitStack()
@@ -132,56 +126,58 @@ class Assembled:
             state.finish()
             self.trackers.finish(state)
             self.previews.finish(state)
+            for judge in self.judges:
+                judge.finish(state)
             self.checkpoints.finish(state)
             self.uploads.finish()
             how = "finished" if state.complete else "stopped as asked; go on with --resume auto"
             logger.info("training %s: %d of %d steps", how, state.step, state.total_steps)
 
 
-def assemble(job: Job, conditions: Conditions, state_folder: Path | None) -> Assembled:
-    """The run of a job, at the place of its state where there is one."""
+def assemble(
+    job: Job, conditions: Conditions, state_folder: Path | None, settle: Callable[[], None] | None = None
+) -> Assembled:
+    """The run of a job, at the place of its state where there is one.
+
+    `settle` brings home the weights that are on their way between memories.
+    """
     options, method, ranks = job.options, job.method, job.ranks
     denoiser = conditions.models.denoiser
     assert denoiser is not None
-    groups = method.param_groups()
-    built = optimizers.create(
-        options[OptimizerOptions], [group.for_optimizer() for group in groups], options[ScheduleOptions].lr_scheduler
+    made = stepping.create(
+        options,
+        job.accelerator,
+        method,
+        denoiser,
+        total_steps=job.plan.total_steps,
+        seed=job.data.seed,
+        validates=bool(job.data.scan.held_out),
     )
-    for warning in built.warnings:
-        logger.warning(warning)
-    scheduler = schedules.create(
-        options[ScheduleOptions], built.optimizer, job.plan.total_steps, built.schedule_override
-    )
-    optimizer = job.accelerator.prepare_optimizer(built.optimizer, device_placement=False)
-    stepper = Stepper(
-        accelerator=job.accelerator,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        params=method.parameters(),
-        max_grad_norm=options[OptimizerOptions].max_grad_norm,
-        hooks=method,
-    )
+    stepper = made.stepper
+    average = observing.average_of(job, settle)
     state = _state(job)
     parts = Parts(
         state=state,
         model=method.state_dict,
         load_model=method.load_state_dict,
-        optimizers=[built.optimizer],
-        schedulers=[scheduler],
+        optimizers=made.optimizers,
+        schedulers=made.schedulers,
+        average=average,
         scaler=job.accelerator.scaler,
         accumulation=job.plan.accumulation,
         ranks=ranks,
     )
     _go_on(job, parts, state_folder)
-    for _ in range(state.step if state_folder is None else 0):  # --initial_step without a state
-        scheduler.step()
-    trackers = _trackers(job, stepper, built.optimizer, [group.name for group in groups])
-    record = Record(options, job.family, method, job.data, job.plan, built.name)
-    previews = _previews(job, conditions, stepper, trackers)
+    if state_folder is None:  # --initial_step
+        made.skip(state.step)
+    made.begin_after(state.step)
+    trackers = observing.trackers_of(job, made)
+    record = Record(options, job.family, method, job.data, job.plan, made.optimizer_name)
+    previews = observing.previews_of(job, conditions, stepper, trackers)
     uploads = Uploads(options[HubOptions])
     if ranks.is_main:
         uploads.prepare()
-    checkpoints = _checkpoints(job, stepper, record, parts, uploads)
+    checkpoints = observing.checkpoints_of(job, stepper, record, parts, uploads, average)
     control = Control(output_dir=checkpoints.folder, output_name=options[SaveOptions].output_name, ranks=ranks)
     run = Run(
         accelerator=job.accelerator,
@@ -194,10 +190,22 @@ def assemble(job: Job, conditions: Conditions, state_folder: Path | None) -> Ass
         latents=conditions.latents,
         stepper=stepper,
         state=state,
-        observers=[control, trackers, checkpoints, previews],
+        observers=(),
     )
+    best = observing.best_of(job, checkpoints)
+    tokenizes = bool(conditions.models.encoders)
+    validation = observing.validation_of(job, run, made, trackers, best, tokenizes=tokenizes)
+    observers = (average, control, trackers, validation, checkpoints, previews)
+    run.observers = [observer for observer in observers if observer is not None]
+    observing.show_density(job, run, trackers)
     return Assembled(
-        run=run, control=control, trackers=trackers, checkpoints=checkpoints, previews=previews, uploads=uploads
+        run=run,
+        control=control,
+        trackers=trackers,
+        checkpoints=checkpoints,
+        previews=previews,
+        uploads=uploads,
+        judges=[judge for judge in (validation, best) if judge is not None],
     )
 
 
@@ -247,93 +255,3 @@ def _go_on(job: Job, parts: Parts, state_folder: Path | None) -> None:
         resume.begin_at(
             parts.state, group.initial_step, group.initial_epoch, group.skip_until_initial_step, parts.accumulation
         )
-
-
-def _trackers(job: Job, stepper: Stepper, optimizer: torch.optim.Optimizer, names: list[str]) -> Trackers:
-    project = "network_train" if job.options.has(NetworkOptions) else "finetuning"
-    return Trackers(
-        trackers=open_trackers(
-            job.options[TrackerOptions], config=job.options.public(), project=project, ranks=job.ranks
-        ),
-        progress=ProgressLine(total=job.plan.total_steps),
-        rates=lambda: learning_rates(optimizer.param_groups, names, stepper.learning_rates),
-        ranks=job.ranks,
-    )
-
-
-def _checkpoints(job: Job, stepper: Stepper, record: Record, parts: Parts, uploads: Uploads) -> Checkpoints:
-    options = job.options
-    precision = options[SaveOptions].save_precision
-    dtype = None if precision is None else devices.dtype_of(precision)
-    kind = options[NetworkOptions].save_model_as if options.has(NetworkOptions) else None
-
-    def save_model(path: Path) -> None:
-        with stepper.evaluating():
-            job.method.save(path, dtype, record.of_save(parts.state))
-
-    return Checkpoints(
-        options=options[SaveOptions],
-        state_options=options[StateOptions],
-        save_model=save_model,
-        save_state=lambda folder: resume.save_state(folder, parts),
-        extension=f".{kind or 'safetensors'}",
-        every_epochs=job.plan.save_every_epochs,
-        epochs=job.plan.epochs,
-        weights=lambda: job.method.state_dict().items(),
-        upload=uploads if uploads.wanted else None,
-        upload_states=options[HubOptions].save_state_to_huggingface,
-        ranks=job.ranks,
-    )
-
-
-def _previews(job: Job, conditions: Conditions, stepper: Stepper, trackers: Trackers) -> Previews:
-    save = job.options[SaveOptions]
-    return Previews(
-        options=job.options[SampleOptions],
-        output_dir=Path(save.output_dir or "."),
-        output_name=save.output_name,
-        parse=load_prompts,
-        render=lambda request, index: _render(job, conditions, request),
-        evaluating=partial(_evaluating, job.method, stepper),
-        trackers=trackers,
-        ranks=job.ranks,
-    )
-
-
-@contextmanager
-def _evaluating(method: Method, stepper: Stepper) -> Iterator[None]:
-    """What is trained behaves as in use meanwhile: no dropout, the weights of schedule-free optimizers averaged."""
-    method.train_mode(False)
-    try:
-        with stepper.evaluating():
-            yield
-    finally:
-        method.train_mode(True)
-
-
-def _render(job: Job, conditions: Conditions, request: SampleRequest) -> Image:
-    """A sample with the weights of now; the autoencoder is on the device only meanwhile if latents are cached."""
-    family, models = job.family, conditions.models
-    denoiser, vae = models.denoiser, models.vae
-    assert denoiser is not None
-    assert vae is not None
-    home = next(vae.parameters()).device
-    with job.accelerator.autocast():
-        latents = generate(
-            request,
-            predict=lambda x, timesteps, cond, guidance: family.predict(denoiser, x, timesteps, cond, guidance),
-            objective=family.objective(),
-            cond=conditions.of_prompt(request.prompt),
-            negative_cond=None if request.negative is None else conditions.of_prompt(request.negative),
-            latent_channels=family.traits.latent_channels,
-            stride=family.traits.latent_stride,
-            shift=family.sampling_shift(),
-            device=job.device,
-        )
-    try:
-        pixels = decode_latents(family, vae.to(job.device), latents)
-    finally:
-        if home != job.device:
-            vae.to(home)
-            devices.release_memory()
-    return to_image(pixels)

@@ -28,6 +28,18 @@ class Objective(Protocol):
     def noise(self, latents: Tensor, draws: Draws) -> Noised:
         """The denoiser's task for latents (B, C, h, w)."""
 
+    def noise_at(self, latents: Tensor, sigma: Tensor, draws: Draws) -> Noised:
+        """The same at noise levels sigma (B,), without what training adds to make it harder."""
+
+    def sigmas(self, draws: Draws, tokens: int) -> Tensor:
+        """(B,) float32: the noise levels that training draws for images of that many tokens."""
+
+    def even_sigmas(self, count: int) -> list[float]:
+        """Rising noise levels that are spread evenly over those that are trained at, ends excluded."""
+
+    def density(self) -> str:
+        """The settings that decide which noise levels are drawn, for people."""
+
     def estimate(self, prediction: Tensor, noised: Noised) -> Tensor:
         """What is compared with `noised.target`, from the denoiser's answer (B, C, h, w)."""
 
@@ -84,10 +96,17 @@ class Flow:
         """Latents between image and noise. `input` has the type of the latents, `target` is float32."""
         height, width = latents.shape[-2:]
         sigma = self.sigmas(draws, (height // 2) * (width // 2)).to(latents.device)
+        return self._noised(latents, sigma, draws, self._perturbation(latents, draws))
+
+    def noise_at(self, latents: Tensor, sigma: Tensor, draws: Draws) -> Noised:
+        """Latents at noise levels sigma (B,), without perturbation."""
+        return self._noised(latents, sigma, draws, 0.0)
+
+    def _noised(self, latents: Tensor, sigma: Tensor, draws: Draws, perturbation: Tensor | float) -> Noised:
         clean = latents.float()
         noise = draws.normal(latents.shape[1:]).to(latents.device)
         level = sigma[:, None, None, None]
-        noisy = (1 - level) * clean + level * (noise + self._perturbation(clean, draws))
+        noisy = (1 - level) * clean + level * (noise + perturbation)
         clean_is_target = self.settings.model_prediction_type == "sigma_scaled"
         return Noised(
             latents=latents,
@@ -102,6 +121,21 @@ class Flow:
         low, high = _timestep_range(self.settings)
         sigma = SAMPLINGS[self.settings.timestep_sampling](self.settings, draws, tokens)
         return sigma if (low, high) == (0, TIMESTEPS) else low / TIMESTEPS + sigma * ((high - low) / TIMESTEPS)
+
+    def even_sigmas(self, count: int) -> list[float]:
+        """What divides the range of timesteps into `count` + 1 equal parts: 0.2, 0.4, 0.6, 0.8 for 4 of the whole."""
+        low, high = _timestep_range(self.settings)
+        return [(low + (high - low) * number / (count + 1)) / TIMESTEPS for number in range(1, count + 1)]
+
+    def density(self) -> str:
+        """For example `timestep_sampling shift, sigmoid_scale 1, discrete_flow_shift 3`."""
+        settings = self.settings
+        names = ["timestep_sampling", *DENSITY_SETTINGS[settings.timestep_sampling]]
+        if settings.timestep_sampling == "sigma" and settings.weighting_scheme in DENSITIES:
+            names += ["weighting_scheme", *DENSITY_SETTINGS[settings.weighting_scheme]]
+        names += [name for name in ("min_timestep", "max_timestep") if getattr(settings, name) is not None]
+        values = ((name, getattr(settings, name)) for name in names)
+        return ", ".join(f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in values)
 
     def estimate(self, prediction: Tensor, noised: Noised) -> Tensor:
         """The velocity, or what `model_prediction_type` makes of it; float32."""
@@ -130,13 +164,13 @@ class Flow:
         sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         return (_shifted(sigma, math.exp(resolution_mu(tokens))) if shift else sigma).float()
 
-    def _perturbation(self, clean: Tensor, draws: Draws) -> Tensor | float:
+    def _perturbation(self, latents: Tensor, draws: Draws) -> Tensor | float:
         gamma = self.settings.ip_noise_gamma
         if not gamma:
             return 0.0
-        noise = draws.normal(clean.shape[1:], Stream.PERTURBATION).to(clean.device) * gamma
+        noise = draws.normal(latents.shape[1:], Stream.PERTURBATION).to(latents.device) * gamma
         if self.settings.ip_noise_gamma_random_strength:
-            noise = noise * draws.uniform_scalars(Stream.STRENGTH).to(clean.device)[:, None, None, None]
+            noise = noise * draws.uniform_scalars(Stream.STRENGTH).to(latents.device)[:, None, None, None]
         return noise
 
 
@@ -196,6 +230,17 @@ SAMPLINGS: dict[str, Sampling] = {
 }
 DENSITIES: dict[str, Sampling] = {"logit_normal": _logit_normal, "mode": _mode}
 """`weighting_scheme`s that decide where `timestep_sampling sigma` looks into its table; the others look anywhere."""
+
+DENSITY_SETTINGS: dict[str, tuple[str, ...]] = {
+    "sigma": ("discrete_flow_shift",),
+    "uniform": (),
+    "sigmoid": ("sigmoid_scale",),
+    "shift": ("sigmoid_scale", "discrete_flow_shift"),
+    "flux_shift": ("sigmoid_scale",),
+    "logit_normal": ("logit_mean", "logit_std"),
+    "mode": ("mode_scale",),
+}
+"""Settings that the ways of drawing use."""
 
 
 # from noise levels to weights, from differences to losses

@@ -331,7 +331,21 @@ class PrecisionOptions:
     full_fp16: bool = option(False, help="hold what is trained in fp16, too; needs --mixed_precision fp16")
     full_bf16: bool = option(False, help="hold what is trained in bf16, too; needs --mixed_precision bf16")
     fp8_base: bool = option(
-        False, help="hold the parts that are not trained in fp8; needs --mixed_precision fp16 or bf16"
+        False,
+        help="hold what is not trained in fp8, text encoders too; needs --mixed_precision fp16 or bf16",
+    )
+    fp8_scaled: bool = option(
+        False, help="like --fp8_base_unet, with a scale for each row of a weight: as small, several times more exact"
+    )
+    int8_base: bool = option(False, help="like --fp8_scaled, in int8, for cards without fp8")
+    nf4_base: bool = option(
+        False, help="hold the transformer in 4 bits: half the memory of int8, less exact; faster with bitsandbytes"
+    )
+    fp8_compute: bool = option(
+        False, help="multiply with frozen weights in fp8: faster on cards that can (Ada, Hopper), a little less exact"
+    )
+    int8_compute: bool = option(
+        False, help="multiply with frozen weights in int8: faster on most cards, a little less exact"
     )
 
 
@@ -342,14 +356,27 @@ class MemoryOptions:
     gradient_checkpointing: bool = option(
         False, help="compute activations again in the backward pass instead of keeping them: slower, far less memory"
     )
-    xformers: bool = option(False, help="attention of the xformers package")
-    sdpa: bool = option(False, help="attention of torch; FLUX always uses it")
+    checkpoint_every_n_blocks: int = option(
+        1, help="with --gradient_checkpointing: only each Nth block computes again; faster, more memory", least=1
+    )
+    attn_mode: str | None = option(
+        choices=(None, "torch", "sdpa", "xformers", "flash"),
+        help="attention: of torch (torch, sdpa), of xformers, or of flash-attn (flash); torch when not given",
+    )
+    xformers: bool = option(False, help="attention of the xformers package, like --attn_mode xformers")
+    sdpa: bool = option(False, help="attention of torch, like --attn_mode torch")
     mem_eff_attn: bool = option(False, help="attention in slices")
-    torch_compile: bool = option(False, help="compile the model")
+    torch_compile: bool = option(
+        False,
+        help="compile each block when it is first used; where that fails it runs as it is, and a line says so",
+    )
     dynamo_backend: str = option(
         "inductor",
         choices=_BACKENDS,
         help="compiler used with --torch_compile",
+    )
+    vram: float | None = option(
+        help="memory of the GPU to plan for, in GiB; when not given that of the GPU that is there", least=1
     )
 
 
@@ -360,7 +387,11 @@ class OffloadOptions:
     cpu_offload_checkpointing: bool = option(
         False, help="keep checkpointed activations in CPU memory; with --gradient_checkpointing"
     )
-    blocks_to_swap: int | None = option(help="number of transformer blocks kept in CPU memory and fetched when needed")
+    blocks_to_swap: int | None = option(
+        help="number of transformer blocks kept in CPU memory and fetched when needed; two single blocks of FLUX count "
+        "for one",
+        least=0,
+    )
 
 
 # optimizer, schedule, loss
@@ -386,8 +417,8 @@ class OptimizerOptions:
     max_grad_norm: float = option(1.0, help="gradients are scaled down to this norm; 0 for no limit", least=0)
     fused_backward_pass: bool = option(
         False,
-        help="update each parameter during the backward pass, which saves memory; needs Adafactor and "
-        "--gradient_accumulation_steps 1",
+        help="update each parameter during the backward pass, which saves the memory of the gradients; for most "
+        "optimizers, with --gradient_accumulation_steps 1",
     )
     stop_on_nonfinite: int = option(
         3, help="stop after this many steps in a row whose loss or gradients are not finite; 0 never stops", least=0
@@ -491,6 +522,23 @@ class ValidationOptions:
     validate_every_n_steps: int | None = option(help="validate every N steps; after each epoch when not given")
     validate_every_n_epochs: int | None = option(help="validate every N epochs")
     max_validation_steps: int | None = option(help="greatest number of batches per validation")
+    save_best: bool = option(False, help="keep the model with the least validation loss, too, as <output_name>-best")
+    early_stop_patience: int | None = option(
+        help="end the training when the validation loss has not fallen for this many validations", least=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaOptions:
+    """Moving average of the weights."""
+
+    ema_decay: float | None = option(
+        help="keep an exponential moving average of what is trained and save it, too, as <file>-ema",
+        example="0.999",
+        least=0,
+        most=1,
+    )
+    ema_on_cpu: bool = option(False, help="keep the average in main memory")
 
 
 # output
@@ -710,7 +758,9 @@ class NetworkOptions:
         help="format of the saved network; ckpt and pt are torch files, which hold no metadata",
     )
     fp8_base_unet: bool = option(False, help="like --fp8_base, but the text encoders stay as they are")
-    split_mode: bool = option(False, help="old way to save memory: keep half of the transformer on the GPU at a time")
+    split_mode: bool = option(
+        False, help="old way to save memory; half of the transformer is swapped, as with --blocks_to_swap"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -816,18 +866,13 @@ _DATASET_PENDING = {
 
 _TRAINING_PENDING = {
     **_DATASET_PENDING,
-    "blocks_to_swap": "swapping blocks comes later; use --gradient_checkpointing",
-    "cpu_offload_checkpointing": "keeping activations on the CPU comes later; use --gradient_checkpointing",
-    "fused_backward_pass": "stepping during the backward pass comes later",
-    "fp8_base": "fp8 comes later; use --mixed_precision bf16",
-    "torch_compile": "compiling comes later",
     **dict.fromkeys((spec.name for spec in options_of(DeepSpeedOptions)), "DeepSpeed comes later"),
 }
 
 _SD_ONLY = "only for Stable Diffusion"
 _DDPM_ONLY = "FLUX learns a flow, which has no such noise schedule"
 _HIGHVRAM = "GPU memory is always kept from one cached batch to the next"
-_SDPA = "FLUX always uses the attention of torch"
+_SLICES = "the attention of torch needs no slices"
 
 _FLUX_IGNORED = {
     **dict.fromkeys(("v2", "v_parameterization", "clip_skip", "max_token_length", "weighted_captions"), _SD_ONLY),
@@ -838,12 +883,7 @@ _FLUX_IGNORED = {
     **dict.fromkeys(("multires_noise_iterations", "multires_noise_discount"), _DDPM_ONLY),
     **dict.fromkeys((spec.name for spec in options_of(SnrOptions)), _DDPM_ONLY),
     "sample_sampler": "FLUX has one sampler",
-    "xformers": _SDPA,
-    "mem_eff_attn": _SDPA,
-    **dict.fromkeys(
-        (f"dynamo_backend={name}" for name in _BACKENDS if name not in ("no", "inductor")),
-        "it is for --torch_compile, which comes later",
-    ),
+    "mem_eff_attn": _SLICES,
     "ddp_gradient_as_bucket_view": "gradients are averaged without DistributedDataParallel",
     "ddp_static_graph": "gradients are averaged without DistributedDataParallel",
 }
@@ -903,14 +943,9 @@ FLUX_TRAIN_NETWORK = Script(
     summary="Trains a LoRA or another network on FLUX.1.",
     groups=(
         *(*_CONSOLE, *_DATASET, NetworkOptions, *_TRAINING, *_TRAINERS_ONLY),
-        *(VaePrecisionOptions, PriorLossOptions, ValidationOptions),
+        *(VaePrecisionOptions, PriorLossOptions, ValidationOptions, EmaOptions),
     ),
-    pending={
-        **_TRAINING_PENDING,
-        **dict.fromkeys((spec.name for spec in options_of(ValidationOptions)), "validation comes later"),
-        "fp8_base_unet": "fp8 comes later; use --mixed_precision bf16",
-        "split_mode": "swapping blocks comes later; use --gradient_checkpointing",
-    },
+    pending=_TRAINING_PENDING,
     refused={"weighted_captions": "FLUX can't weigh words of captions"},
     ignored=_FLUX_IGNORED,
 )
@@ -918,14 +953,16 @@ FLUX_TRAIN_NETWORK = Script(
 FLUX_TRAIN = Script(
     name="flux_train.py",
     summary="Fine-tunes the whole transformer of FLUX.1.",
-    groups=(*_CONSOLE, *_DATASET, FluxFullOptions, FullSaveOptions, *_TRAINING, *_TRAINERS_ONLY),
-    pending={
-        **_TRAINING_PENDING,
-        "double_blocks_to_swap": "swapping blocks comes later; use --gradient_checkpointing",
-        "single_blocks_to_swap": "swapping blocks comes later; use --gradient_checkpointing",
-        "blockwise_fused_optimizers": "stepping during the backward pass comes later",
-    },
+    groups=(
+        *(*_CONSOLE, *_DATASET, FluxFullOptions, FullSaveOptions, *_TRAINING, *_TRAINERS_ONLY),
+        *(ValidationOptions, EmaOptions),
+    ),
+    pending=_TRAINING_PENDING,
     refused={
+        **dict.fromkeys(
+            ("fp8_scaled", "int8_base", "nf4_base", "fp8_compute", "int8_compute"),
+            "what is trained can't be held in so few bits; use --full_bf16",
+        ),
         "save_model_as=diffusers": "FLUX models are saved as one safetensors file",
         "save_model_as=diffusers_safetensors": "FLUX models are saved as one safetensors file",
     },

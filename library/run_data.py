@@ -12,7 +12,7 @@ from library.data import config, reports, sources
 from library.data.caption_cache import cache_problem
 from library.data.dataset import TrainingData
 from library.log import DataError
-from library.option_groups import CacheOptions, DatasetOptions, PriorLossOptions, TextCacheOptions
+from library.option_groups import CacheOptions, DatasetOptions, LengthOptions, PriorLossOptions, TextCacheOptions
 from library.places import cache_home
 from library.types import Finding
 
@@ -36,6 +36,7 @@ def find(options: Options, family: Family) -> sources.Scan:
         strict=group.strict,
         scan_cache=None if group.no_scan_cache else _scan_cache(group),
         use_gone=options[CacheOptions].cache_latents_to_disk,
+        validation_seed=(options[LengthOptions].seed or 0) if options.has(LengthOptions) else 0,
     )
     if options[TextCacheOptions].cache_text_encoder_outputs:
         scan.findings += _uncacheable(scan, options[TextCacheOptions].text_cache_variants)
@@ -80,7 +81,7 @@ def of_scan(options: Options, scan: sources.Scan, family: Family, seed: int, pla
 
 def check_lengths(options: Options, family: Family, data: TrainingData) -> None:
     """Warns of captions that the encoders cut. Errors: DataError with `--strict`."""
-    lines = reports.token_report(data.items, family.count_tokens, family.token_limits())
+    lines = reports.token_report(data.all_items, family.count_tokens, family.token_limits())
     if lines and options[DatasetOptions].strict:
         raise DataError("; ".join(lines), "--strict", "shorten the captions", code="E-CAPTION-LENGTH")
     for line in lines:

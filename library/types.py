@@ -146,6 +146,17 @@ class Noised:
     weight: Tensor
     """(B,) loss weight of each sample."""
 
+    def rows(self, numbers: Sequence[int]) -> Noised:
+        """Those of some samples."""
+        chosen = list(numbers)
+        return Noised(
+            latents=self.latents[chosen],
+            input=self.input[chosen],
+            target=self.target[chosen],
+            timesteps=self.timesteps[chosen],
+            weight=self.weight[chosen],
+        )
+
 
 class Posterior(NamedTuple):
     """What an autoencoder makes of images: a normal distribution of each number of their latents."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 
 from library import files, metadata
 from library.log import DataError, get_logger
-from networks import reading
+from library.models.products import dense
+from library.models.quantized import replace
+from library.types import DENOISER
+from networks import groups, reading
 
 logger = get_logger(__name__)
-
-DENOISER = "unet"
-"""Component name of the denoiser; the text encoders are numbered, see `encoder_component`."""
 
 
 def encoder_component(index: int) -> str:
@@ -32,6 +31,10 @@ class ModuleAdapter(nn.Module, ABC):
     def __init__(self, name: str, module: nn.Module, component: str, multiplier: float = 1.0) -> None:
         super().__init__()
         self.name, self.component, self.multiplier = name, component, multiplier
+        self.lr: float | None = None
+        """A learning rate of its own; None: that of the component."""
+        self.block: groups.BlockRate | None = None
+        """The block whose share of the component's learning rate it gets; None: all of it."""
         self._module = (module,)  # in a tuple, so that its weights don't count as the adapter's
         self.hooked = False
         self.covers_a_hook = False
@@ -75,8 +78,8 @@ class ModuleAdapter(nn.Module, ABC):
         """Frobenius norm of `delta`, 0-d."""
 
     @abstractmethod
-    def factors(self) -> list[nn.Parameter]:
-        """Two matrices whose product is proportional to the change."""
+    def scale_by(self, ratio: Tensor) -> None:
+        """Multiplies the change by `ratio`, 0-d, in place."""
 
     @abstractmethod
     def fits(self, names: Collection[str]) -> bool:
@@ -86,29 +89,25 @@ class ModuleAdapter(nn.Module, ABC):
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over the tensors of a file, named without the module's name."""
 
-
-@dataclass(frozen=True)
-class LrRatios:
-    """LoRA+: the learning rate of the up matrices is that of the group times these.
-
-    Source: Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models" (2024).
-    """
-
-    denoiser: float | None = None
-    encoders: float | None = None
-
-    def of(self, component: str) -> float | None:
-        """The ratio of a component; None: one rate for all."""
-        return self.denoiser if component == DENOISER else self.encoders
+    def file_tensors(self) -> dict[str, Tensor]:
+        """The tensors of a file, named without the module's name; where they aren't those of `state_dict`, override."""
+        return dict(self.state_dict())
 
 
 class Network(nn.Module):
     """Adapters of one file, for any number of components. Implements the plug-in protocol of `--network_module`."""
 
-    def __init__(self, adapters: Sequence[ModuleAdapter], lr_ratios: LrRatios | None = None) -> None:
+    def __init__(
+        self,
+        adapters: Sequence[ModuleAdapter],
+        lr_ratios: groups.LrRatios | None = None,
+        translate: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """`translate` makes of the tensors of a file those that are loaded; what it made itself stays as it is."""
         super().__init__()
         self._created = list(adapters)
-        self._lr_ratios = lr_ratios or LrRatios()
+        self._lr_ratios = lr_ratios or groups.LrRatios()
+        self._translate = translate or dict
 
     @property
     def adapters(self) -> list[ModuleAdapter]:
@@ -155,24 +154,13 @@ class Network(nn.Module):
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Parameter groups for an optimizer, and their descriptions.
 
-        A missing rate means `default_lr`; one rate for the encoders counts for all of them. What gets no rate, or 0,
-        is frozen and belongs to no group.
+        A missing rate means `default_lr`; one rate for the encoders counts for all of them. Adapters with a rate of
+        their own form groups such as "unet lr=0.0001", those of a block with a share such as "unet_block3". What gets
+        no rate, or 0, is frozen and belongs to no group.
         """
-        groups: list[dict[str, Any]] = []
-        descriptions: list[str] = []
-        for component, adapters in self._by_component().items():
-            lr = _rate_of(component, text_encoder_lrs, unet_lr, default_lr)
-            for adapter in adapters:
-                adapter.requires_grad_(bool(lr))
-            if not lr:
-                continue
-            for plus, params in _split_up_matrices(adapters, self._lr_ratios.of(component)).items():
-                ratio = self._lr_ratios.of(component) if plus else None
-                rate = lr if ratio is None else lr * ratio
-                if params and rate:
-                    groups.append({"params": params, "lr": rate})
-                    descriptions.append(f"{component} plus" if plus else component)
-        return groups, descriptions
+        components = self._by_component()
+        rates = {name: groups.rate_of(name, text_encoder_lrs, unet_lr, default_lr) for name in components}
+        return groups.parameter_groups(components, rates, self._lr_ratios)
 
     def prepare_optimizer_params(
         self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None = None
@@ -207,9 +195,8 @@ class Network(nn.Module):
         adapters = self.adapters
         norms = torch.stack([adapter.delta_norm() for adapter in adapters]).clamp(min=max_norm / 2)
         ratios = norms.clamp(max=max_norm) / norms
-        for adapter, root in zip(adapters, ratios.sqrt().unbind(), strict=True):
-            for factor in adapter.factors():
-                factor.mul_(root.to(factor.dtype))
+        for adapter, ratio in zip(adapters, ratios.unbind(), strict=True):
+            adapter.scale_by(ratio)
         norms = norms * ratios
         return (ratios != 1).sum(), norms.mean(), norms.max()
 
@@ -224,7 +211,7 @@ class Network(nn.Module):
 
     def load_tensors(self, tensors: Mapping[str, Tensor], where: str = "") -> str:
         """As `load_weights`, with the tensors of a file."""
-        by_module = reading.by_module(tensors)
+        by_module = reading.by_module(self._translate(tensors))
         matched = [adapter for adapter in self.adapters if adapter.fits(by_module.get(adapter.name, {}))]
         if not matched:
             raise DataError(f"no weight fits this network: {reading.describe(tensors)}", where, code="E-NETWORK-FILE")
@@ -239,7 +226,11 @@ class Network(nn.Module):
 
     def file_tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The tensors of a file, on the CPU; `dtype` None keeps theirs."""
-        return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
+        return {
+            f"{adapter.name}.{key}": tensor.detach().to("cpu", dtype).contiguous()
+            for adapter in self.adapters
+            for key, tensor in adapter.file_tensors().items()
+        }
 
     def save_weights(
         self, file: str | Path, dtype: torch.dtype | None = None, metadata_: Mapping[str, str] | None = None
@@ -268,11 +259,11 @@ class Network(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Adds the changes to the weights of the modules, in float32, and stores them in the weights' own dtype.
+        """Adds the changes to the weights of the modules, in float32, and stores them as they were.
 
         With `weights_sd` those weights are taken over first. `device` is where to compute, None: where the weight lies.
         """
-        by_module = reading.by_module(weights_sd) if weights_sd is not None else None
+        by_module = reading.by_module(self._translate(weights_sd)) if weights_sd is not None else None
         for adapter in self._created:
             if by_module is not None:
                 if not adapter.fits(by_module.get(adapter.name, {})):
@@ -282,7 +273,7 @@ class Network(nn.Module):
             assert isinstance(weight, Tensor)
             place = torch.device(device) if device is not None else weight.device
             change = adapter.to(place).delta().to(place) * adapter.multiplier
-            weight.data.copy_(weight.to(place, torch.float32) + change)
+            replace(adapter.module, dense(adapter.module, torch.float32).to(place) + change)
 
     def _by_component(self) -> dict[str, list[ModuleAdapter]]:
         """The adapters in use; encoders first, in the order of the file."""
@@ -290,32 +281,6 @@ class Network(nn.Module):
         for adapter in self.adapters:
             components.setdefault(adapter.component, []).append(adapter)
         return dict(sorted(components.items(), key=lambda item: (item[0] == DENOISER, item[0])))
-
-
-def _rate_of(
-    component: str, encoder_lrs: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None
-) -> float | None:
-    if component == DENOISER:
-        return default_lr if unet_lr is None else unet_lr
-    if encoder_lrs is None or isinstance(encoder_lrs, int | float):
-        return default_lr if encoder_lrs is None else encoder_lrs
-    if not encoder_lrs:
-        return default_lr
-    index = int(component.split()[-1]) - 1
-    return encoder_lrs[min(index, len(encoder_lrs) - 1)]
-
-
-def _split_up_matrices(adapters: Sequence[ModuleAdapter], ratio: float | None) -> dict[bool, list[nn.Parameter]]:
-    """Parameters by whether they belong to the group with a rate of its own."""
-    split: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-    for name, parameter in _named_parameters(adapters):
-        split[ratio is not None and "lora_up" in name].append(parameter)
-    return split
-
-
-def _named_parameters(adapters: Sequence[ModuleAdapter]) -> Iterator[tuple[str, nn.Parameter]]:
-    for adapter in adapters:
-        yield from adapter.named_parameters()
 
 
 def _abridged(names: Sequence[str], most: int = 5) -> str:

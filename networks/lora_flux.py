@@ -1,39 +1,68 @@
-"""LoRA for FLUX.1: transformer blocks and CLIP-L (`--network_module networks.lora_flux`)."""
+"""LoRA for FLUX.1: transformer, CLIP-L and T5-XXL (`--network_module networks.lora_flux`).
+
+Its `--network_args` besides those of all networks (`networks/creating.py`, `networks/rules.py`):
+
+* `img_attn_dim`, `txt_attn_dim`, `img_mlp_dim`, `txt_mlp_dim`, `img_mod_dim`, `txt_mod_dim`: ranks in the double
+  blocks; `single_dim` (linear1 and linear2) and `single_mod_dim`: in the single blocks. 0: no adapter there. Alpha
+  stays that of the network.
+* `in_dims`: five ranks for img_in, time_in, vector_in, guidance_in, txt_in, which have none otherwise.
+* `train_blocks`: all, double or single; `train_double_block_indices`, `train_single_block_indices`: all, none, or
+  numbers and ranges such as 0,3-5.
+* `split_qkv`: queries, keys, values and the MLP in a fused layer get matrices of their own.
+* `train_t5xxl`: adapters for T5-XXL, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from library.log import DataError, UserError, get_logger
-from networks import reading
+from library.log import get_logger
+from library.types import DENOISER
+from networks import creating
 from networks.arguments import Arguments
-from networks.base import DENOISER, LrRatios, ModuleAdapter, Network, encoder_component
-from networks.low_rank import Dropouts, LoraAdapter
-from networks.targets import FLUX, Target, find
+from networks.base import Network, encoder_component
+from networks.creating import Encoders, Parts, Settings
+from networks.reading import Rank
+from networks.targets import FLUX, Target
 
 logger = get_logger(__name__)
 
-DEFAULT_RANK = 4
-TRAINED_ENCODERS = 1
-"""How many of the family's text encoders get new adapters; files may have them for all."""
-
-LATER = (
-    *("train_blocks", "train_double_block_indices", "train_single_block_indices"),
-    *("split_qkv", "train_t5xxl", "in_dims"),
-    *("img_attn_dim", "txt_attn_dim", "img_mlp_dim", "txt_mlp_dim", "img_mod_dim", "txt_mod_dim"),
-    *("single_dim", "single_mod_dim", "ggpo_sigma", "ggpo_beta", "network_reg_dims", "network_reg_lrs"),
-)
+LATER = ("ggpo_sigma", "ggpo_beta")
 """Arguments whose feature isn't there yet."""
 
-Encoders = Sequence["nn.Module | None"]
+ON_REQUEST = {"t5xxl": "train_t5xxl"}
+"""Text encoders that get adapters only with an argument."""
+
+LAYER_DIMS = {
+    "img_attn_dim": r"double_blocks\.\d+\.img_attn\..+",
+    "txt_attn_dim": r"double_blocks\.\d+\.txt_attn\..+",
+    "img_mlp_dim": r"double_blocks\.\d+\.img_mlp\..+",
+    "txt_mlp_dim": r"double_blocks\.\d+\.txt_mlp\..+",
+    "img_mod_dim": r"double_blocks\.\d+\.img_mod\..+",
+    "txt_mod_dim": r"double_blocks\.\d+\.txt_mod\..+",
+    "single_dim": r"single_blocks\.\d+\.linear[12]",
+    "single_mod_dim": r"single_blocks\.\d+\.modulation\..+",
+}
+"""Arguments with a rank, and the paths of the modules that get it."""
+
+INPUTS = ("img_in", "time_in", "vector_in", "guidance_in", "txt_in")
+"""Layers, each of one linear or two, in the order of `in_dims`."""
+
+BLOCKS = re.compile(r"(double|single)_blocks\.(\d+)\.")
 
 
 def trained_encoders(encoder_names: Sequence[str], network_args: Mapping[str, str]) -> Sequence[str]:
-    """Names of the text encoders that get adapters, of all those of the family; asked before anything is loaded."""
-    return encoder_names[:TRAINED_ENCODERS]
+    """Names of the text encoders that get adapters, of all those of the family; asked before anything is loaded.
+
+    Errors: UserError for an argument that doesn't exist or has a wrong value.
+    """
+    arguments = Arguments(network_args, LATER)
+    _read(arguments, None, creating.size_of(None, None))
+    return [name for name in encoder_names if name not in ON_REQUEST or arguments.flag(ON_REQUEST[name])]
 
 
 def create_network(
@@ -58,20 +87,13 @@ def create_network(
         neuron_dropout: probability of dropping an element between the two matrices.
         kwargs: `--network_args`.
 
-    Errors: UserError for an argument that doesn't exist or has a wrong value.
+    Errors: UserError for an argument that doesn't exist, has a wrong value or does nothing.
     """
-    settings = _Settings(kwargs, neuron_dropout)
-    rank = DEFAULT_RANK if network_dim is None else int(network_dim)
-    if rank < 1:
-        raise UserError(f"a rank of {rank}", "--network_dim", "give 1 or more", code="E-NETWORK-ARGS")
-    alpha = 1.0 if network_alpha is None else network_alpha
-    size = reading.Rank(rank, alpha)
-    adapters = [
-        settings.adapter(target, component, size, multiplier)
-        for target, component in _targets(text_encoders, unet)
-        if component != encoder_component(1)
-    ]
-    return settings.network(adapters)
+    default = creating.size_of(network_dim, network_alpha)
+    settings, layers = _read(Arguments(kwargs, LATER), neuron_dropout, default)
+    parts = Parts.of(FLUX, text_encoders, unet)
+    layers.check(parts)
+    return creating.create(parts, settings, layers.size, default, multiplier)
 
 
 def create_network_from_weights(
@@ -84,120 +106,78 @@ def create_network_from_weights(
     for_inference: bool = False,
     **kwargs: object,
 ) -> tuple[Network, Mapping[str, Tensor]]:
-    """A network with the modules and ranks of a file, and the file's tensors; they aren't loaded into it yet.
+    """A network with the modules, kinds and ranks of a file, and the file's tensors; they aren't loaded into it yet.
 
     Errors: DataError when nothing in the file fits the model.
     """
-    if weights_sd is None:
-        if file is None:
-            raise UserError("no network file", "--network_weights", "give a .safetensors file")
-        weights_sd = reading.read_weights(file)
-    settings = _Settings(kwargs, None)
-    ranks = reading.ranks(weights_sd)
-    adapters = [
-        settings.adapter(target, component, ranks[target.name], multiplier)
-        for target, component in _targets(text_encoders, unet, with_extras=True)
-        if target.name in ranks
-    ]
-    _check_fit(weights_sd, adapters, "" if file is None else str(file), text_encoders, unet)
-    return settings.network(adapters).eval() if for_inference else settings.network(adapters), weights_sd
+    settings, layers = _read(Arguments(kwargs, LATER), None, creating.size_of(None, None))
+    for name in layers.given:
+        logger.warning("%s has no effect: the file says which modules there are, and of which rank", name)
+    parts = Parts.of(FLUX, text_encoders, unet)
+    return creating.create_from_weights(parts, settings, multiplier, file, weights_sd, for_inference)
 
 
 def weights_for(
     weights_sd: Mapping[str, Tensor], text_encoders: Encoders | nn.Module | None, unet: nn.Module | None
 ) -> dict[str, Tensor]:
     """Those tensors of a file that belong to these parts of the model; empty when none does."""
-    names = {target.name for target, _ in _targets(text_encoders, unet, with_extras=True)}
-    return {key: tensor for key, tensor in weights_sd.items() if key.partition(".")[0] in names}
+    return creating.weights_for(Parts.of(FLUX, text_encoders, unet), weights_sd)
 
 
-def _check_fit(
-    tensors: Mapping[str, Tensor],
-    adapters: Sequence[ModuleAdapter],
-    where: str,
-    text_encoders: Encoders | nn.Module | None,
-    unet: nn.Module | None,
-) -> None:
-    """Complains when a file has something for a part of the model that is there, but nothing of it fits.
-
-    Parts that aren't loaded now are not looked at: they may get theirs later.
-    """
-    parts = [*zip(FLUX.encoders, _as_list(text_encoders), strict=False), (FLUX.denoiser, unet)]
-    present = tuple(f"{part.prefix}_" for part, model in parts if model is not None)
-    absent = tuple(f"{part.prefix}_" for part in (*FLUX.encoders, FLUX.denoiser) if f"{part.prefix}_" not in present)
-    names, fitting = reading.by_module(tensors), {adapter.name for adapter in adapters}
-    for prefix in present:
-        given = [name for name in names if name.startswith(prefix)]
-        if given and not fitting.intersection(given):
-            raise _misfit(tensors, where)
-    if not adapters and not any(name.startswith(absent) for name in names):
-        raise _misfit(tensors, where)
-    unknown = [name for name in names if name not in fitting and not name.startswith(absent)]
-    if unknown:
-        logger.warning("%s: %d modules of the file are unknown, such as %s", where, len(unknown), unknown[0])
+def _read(arguments: Arguments, neuron_dropout: float | None, default: Rank) -> tuple[Settings, Layers]:
+    """All arguments. Errors: UserError."""
+    settings, layers = Settings.from_arguments(arguments, neuron_dropout), Layers(arguments, default)
+    arguments.finish()
+    return settings, layers
 
 
-def _misfit(tensors: Mapping[str, Tensor], where: str) -> DataError:
-    return DataError(f"no weight fits this model: {reading.describe(tensors)}", where, code="E-NETWORK-FILE")
+class Layers:
+    """Which modules get adapters of which rank, as far as the arguments of FLUX say."""
 
+    def __init__(self, arguments: Arguments, default: Rank) -> None:
+        """Reads the arguments. Errors: UserError."""
+        self._idle = [name for name in ("conv_dim", "conv_alpha") if arguments.given(name)]
+        self._default = default
+        self._blocks = arguments.choice("train_blocks", ("all", "double", "single")) or "all"
+        self._indices = {kind: arguments.indices(f"train_{kind}_block_indices") for kind in ("double", "single")}
+        self._dims = {name: arguments.integer(name) for name in LAYER_DIMS}
+        self._inputs = dict(zip(INPUTS, arguments.integers("in_dims", len(INPUTS)) or [0] * len(INPUTS), strict=True))
+        self._trains_t5xxl = arguments.flag("train_t5xxl")
+        names = ("train_blocks", *(f"train_{kind}_block_indices" for kind in self._indices), *LAYER_DIMS, "in_dims")
+        self.given = [name for name in names if arguments.given(name)]
+        """Those of the arguments that were given and have no meaning where a file says what there is."""
 
-def _as_list(text_encoders: Encoders | nn.Module | None) -> Encoders:
-    return [text_encoders] if text_encoders is None or isinstance(text_encoders, nn.Module) else text_encoders
+    def check(self, parts: Parts) -> None:
+        """Complains about what the model hasn't got, and warns of ranks for what isn't trained. Errors: UserError."""
+        for name in self._idle:
+            logger.warning("%s has no effect: FLUX has no convolutions", name)
+        paths = [target.path for target, component in parts.targets() if component == DENOISER]
+        if not paths:
+            return
+        blocks = {match.groups() for match in map(BLOCKS.match, paths) if match}
+        for kind, indices in self._indices.items():
+            indices.check(sum(kind == of_kind for of_kind, _ in blocks))
+        for name, pattern in LAYER_DIMS.items():
+            if self._dims[name] and not any(re.fullmatch(pattern, path) and self._trains(path) for path in paths):
+                logger.warning("%s has no effect: none of these blocks is trained", name)
+        for name, rank in self._inputs.items():
+            if rank and not any(path.split(".")[0] == name for path in paths):
+                logger.warning("the rank %d of in_dims has no effect: this model has no %s", rank, name)
 
+    def size(self, target: Target, component: str) -> Rank | None:
+        """See `creating.Selection`."""
+        if component != DENOISER:
+            return self._default if component == encoder_component(0) or self._trains_t5xxl else None
+        rank = self._rank(target.path) if self._trains(target.path) else 0
+        return Rank(rank, self._default.alpha) if rank else None
 
-class _Settings:
-    """What `--network_args` say."""
+    def _trains(self, path: str) -> bool:
+        """Whether a module of the transformer is in one of the chosen blocks, or in none."""
+        block = BLOCKS.match(path)
+        return block is None or (self._blocks in ("all", block[1]) and int(block[2]) in self._indices[block[1]])
 
-    def __init__(self, kwargs: Mapping[str, object], neuron_dropout: float | None) -> None:
-        arguments = Arguments(kwargs, LATER)
-        for name in ("conv_dim", "conv_alpha"):
-            if arguments.given(name):
-                logger.warning("%s has no effect: FLUX has no convolutions", name)
-        neuron = arguments.number("dropout", high=1.0) if neuron_dropout is None else neuron_dropout
-        self.dropouts = Dropouts(
-            neuron=neuron or 0.0,
-            rank=arguments.number("rank_dropout", high=1.0) or 0.0,
-            module=arguments.number("module_dropout", high=1.0) or 0.0,
-        )
-        ratio = arguments.number("loraplus_lr_ratio")
-        denoiser = arguments.number("loraplus_unet_lr_ratio")
-        encoders = arguments.number("loraplus_text_encoder_lr_ratio")
-        self.lr_ratios = LrRatios(ratio if denoiser is None else denoiser, ratio if encoders is None else encoders)
-        self.verbose = arguments.flag("verbose")
-        arguments.given("dropout")
-        arguments.finish()
-
-    def adapter(self, target: Target, component: str, size: reading.Rank, multiplier: float) -> LoraAdapter:
-        """The adapter of one module."""
-        return LoraAdapter(
-            target.name,
-            target.module,
-            component,
-            rank=size.rank,
-            alpha=size.alpha,
-            multiplier=multiplier,
-            dropouts=self.dropouts,
-        )
-
-    def network(self, adapters: Sequence[ModuleAdapter]) -> Network:
-        """The network of the adapters."""
-        if self.verbose:
-            for adapter in adapters:
-                logger.info("%s: %s", adapter.name, adapter.module)
-        return Network(adapters, self.lr_ratios)
-
-
-def _targets(
-    text_encoders: Encoders | nn.Module | None, unet: nn.Module | None, with_extras: bool = False
-) -> Iterator[tuple[Target, str]]:
-    """The modules that can have adapters, with their component, in the order of files: encoders first."""
-    for index, (encoder, part) in enumerate(zip(_as_list(text_encoders), FLUX.encoders, strict=False)):
-        if encoder is not None:
-            for target in find(encoder, part):
-                yield target, encoder_component(index)
-    if unet is None:
-        return
-    for wanted in [FLUX.denoiser, FLUX.extras] if with_extras else [FLUX.denoiser]:
-        if wanted is not None:
-            for target in find(unet, wanted):
-                yield target, DENOISER
+    def _rank(self, path: str) -> int:
+        if not BLOCKS.match(path):
+            return self._inputs[path.split(".")[0]]
+        own = next((self._dims[name] for name, pattern in LAYER_DIMS.items() if re.fullmatch(pattern, path)), None)
+        return self._default.rank if own is None else own

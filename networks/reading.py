@@ -46,6 +46,16 @@ def by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return modules
 
 
+def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of a file under other names of their modules, where `names` has one."""
+
+    def new(key: str) -> str:
+        module, dot, rest = key.partition(".")
+        return names.get(module, module) + dot + rest
+
+    return {new(key): tensor for key, tensor in tensors.items()}
+
+
 def ranks(tensors: Mapping[str, Tensor]) -> dict[str, Rank]:
     """Rank and alpha of each LoRA module; where a file has no alpha, it is the rank."""
     found = {}

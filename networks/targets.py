@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import nn
@@ -22,11 +22,34 @@ class Part:
     """Regular expression on the module path; the group `path` is what file names are made of."""
     root: str = ""
     """Levels that file names have before the group `path`, whether the module tree has them or not."""
+    name: str = ""
+    """The component, as paths in rules begin; empty for denoisers, whose paths have no such beginning."""
+    fused: str | None = None
+    """Regular expression on the path of linear layers that hold queries, keys and values one below the other."""
+    written: Callable[[str], str] | None = None
+    """What file names call the path of a module; None: the same."""
 
-    def file_name(self, path: str) -> str | None:
-        """Name in files of the module at a path; None: not a target."""
+    def target(self, path: str, module: nn.Module) -> Target | None:
+        """The module at a path of the module tree; None: it has no adapter."""
         match = re.fullmatch(self.pattern, path)
-        return None if match is None else f"{self.prefix}_{self.root}{match['path']}".replace(".", "_")
+        if match is None:
+            return None
+        tail = f"{self.root}{match['path']}"
+        path = ".".join(filter(None, (self.name, tail)))
+        written = tail if self.written is None else self.written(tail)
+        return Target(self.file_name(written), path, module, self._parts(tail, module))
+
+    def file_name(self, path: str) -> str:
+        """The name of a module in files, by the path that they are to have it at."""
+        return f"{self.prefix}_{path}".replace(".", "_")
+
+    def _parts(self, path: str, module: nn.Module) -> tuple[int, ...]:
+        """Three as wide as the input, which is the width of the model, and what is left."""
+        if self.fused is None or not isinstance(module, nn.Linear) or not re.fullmatch(self.fused, path):
+            return ()
+        width = module.in_features
+        rest = module.out_features - 3 * width
+        return (width, width, width, *((rest,) if rest else ()))
 
 
 class Target(NamedTuple):
@@ -35,8 +58,10 @@ class Target(NamedTuple):
     name: str
     """As in files: prefix and path with underscores."""
     path: str
-    """In the module tree."""
+    """As in rules: "double_blocks.0.img_attn.qkv", "clip_l.text_model.encoder.layers.0.mlp.fc1"."""
     module: nn.Module
+    parts: tuple[int, ...] = ()
+    """Numbers of outputs of the layers that are fused in it, queries first; empty: it is one layer."""
 
 
 @dataclass(frozen=True)
@@ -49,25 +74,50 @@ class FamilyTargets:
     """Modules of the denoiser that get an adapter only on request, or when a file has one."""
     encoders: Sequence[Part]
     """Text encoders, in the family's order."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Names that modules have in other people's files, and those that they have here."""
 
 
 CLIP_PATHS = r"(.*\.)?(?P<path>encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12]))"
 T5_PATHS = r"(.*\.)?(?P<path>encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.(wi_0|wi_1|wo)))"
 
 FLUX = FamilyTargets(
-    denoiser=Part("lora_unet", r"(?P<path>(double|single)_blocks\.\d+\..+)"),
+    denoiser=Part(
+        "lora_unet", r"(?P<path>(double|single)_blocks\.\d+\..+)", fused=r".*\.(img_attn\.qkv|txt_attn\.qkv|linear1)"
+    ),
     extras=Part("lora_unet", r"(?P<path>(img_in|txt_in|(time|vector|guidance)_in\.(in|out)_layer))"),
     encoders=(
-        Part("lora_te1", CLIP_PATHS, root="text_model."),
-        Part("lora_te3", T5_PATHS),
+        Part("lora_te1", CLIP_PATHS, root="text_model.", name="clip_l"),
+        Part("lora_te3", T5_PATHS, name="t5xxl"),
     ),
 )
+
+UNET_BLOCKS = r"(?:(?:down|up)_blocks\.\d+|mid_block)"
+"""Beginnings of the paths of modules in Diffusers' U-Nets."""
+
+SD = FamilyTargets(
+    denoiser=Part("lora_unet", rf"(?P<path>{UNET_BLOCKS}\.attentions\.\d+\..+)"),
+    extras=Part("lora_unet", rf"(?P<path>{UNET_BLOCKS}\.(resnets|downsamplers|upsamplers)\.\d+\..+)"),
+    encoders=(Part("lora_te", CLIP_PATHS, root="text_model.", name="text_encoder"),),
+)
+"""SD 1.x and 2.x. The extras are residual blocks and what changes the resolution."""
+
+SDXL = FamilyTargets(
+    denoiser=SD.denoiser,
+    extras=SD.extras,
+    encoders=(
+        Part("lora_te1", CLIP_PATHS, root="text_model.", name="clip_l"),
+        Part("lora_te2", CLIP_PATHS, root="text_model.", name="clip_g"),
+    ),
+)
+"""As it is without its file names, which depend on the model, see `unet.py`."""
 
 
 def find(model: nn.Module, part: Part) -> Iterator[Target]:
     """The linear and convolution modules of a model that belong to a part, in the order of the model."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            name = part.file_name(path.replace("_orig_mod.", ""))  # torch.compile puts a level of its own in between
-            if name is not None:
-                yield Target(name, path, module)
+            # torch.compile puts a level of its own in between
+            target = part.target(path.replace("_orig_mod.", ""), module)
+            if target is not None:
+                yield target

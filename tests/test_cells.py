@@ -118,9 +118,9 @@ def test_side_work_never_stops_a_run(
     )
     plain("--max_train_steps", "6")
     if broken == "sampler":
-        import library.assembly
+        import library.observing
 
-        monkeypatch.setattr(library.assembly, "generate", lambda *a, **k: 1 / 0)
+        monkeypatch.setattr(library.observing, "generate", lambda *a, **k: 1 / 0)
     if broken == "tracker":
         from library.train.trackers import JsonLines
 

@@ -7,8 +7,11 @@ import torch
 
 from library import devices
 from library.models import memory
+from library.models.activations import Amount, Numerics, Training
+from library.models.ledger_flux import FluxActivations
 from tests import tiny
 from tests.cells import CELLS, MakeCell
+from tests.flux_steps import Case, Trained
 
 pytestmark = pytest.mark.gpu
 
@@ -61,3 +64,23 @@ def test_recomputing_activations_needs_less_memory() -> None:
         return devices.peak_memory(device)
 
     assert peak(checkpointed=True) < 0.7 * peak(checkpointed=False)
+
+
+@pytest.mark.parametrize("every", [0, 1, 2])
+@pytest.mark.parametrize("rank", [16, 0])
+def test_a_step_takes_what_was_foreseen(rank: int, every: int) -> None:
+    device = devices.best_device()
+    amount = Amount(images=1, image_tokens=1024, text_tokens=512)
+    case = Case(width=1536, head=128, amount=amount, rank=rank, every=every, dtype=torch.bfloat16, device=device.type)
+    training = Training(rank=rank, whole=not rank, size=4 if rank else 2, checkpoint_every=every)
+    foreseen = FluxActivations(case.config).step(amount, Numerics.of(device.type, 2), training).peak
+    trained = Trained(case)
+    trained.recompute()
+    trained.backward()  # the first step brings libraries' own memory
+    for parameter in trained.params:
+        parameter.grad = None
+    devices.release_memory()
+    devices.reset_peak_memory(device)
+    before = devices.peak_memory(device)
+    trained.backward()
+    assert devices.peak_memory(device) - before == pytest.approx(foreseen, rel=0.1)

@@ -117,7 +117,7 @@ MISTAKES: dict[str, tuple[str, Argv, int, str, tuple[str, ...]]] = {
     "seed too large": (LORA, words("--seed", "99999999999"), USAGE, "E-OPTION", ("--seed", "4294967295 or less")),
     "batch of nothing": (LATENTS, words("--vae_batch_size", "0"), USAGE, "E-OPTION", ("--vae_batch_size", "1 or more")),
     "nothing to show": (METADATA, words(), USAGE, "E-OPTION", ("--model is missing", "safetensors file")),
-    "feature to come": (LORA, words("--blocks_to_swap", "9"), USAGE, "E-LATER", ("--blocks_to_swap", "checkpointing")),
+    "feature to come": (LORA, words("--deepspeed"), USAGE, "E-LATER", ("--deepspeed", "later")),
     "not with FLUX": (LORA, words("--weighted_captions"), USAGE, "E-REFUSED", ("--weighted_captions", "FLUX can't")),
     "log file nowhere": (
         LORA,
@@ -201,12 +201,12 @@ MISTAKES: dict[str, tuple[str, Argv, int, str, tuple[str, ...]]] = {
     ),
     "misspelt dataset key": (LORA, dataset("num_repeat = 2"), USAGE, "E-DATASET-CONFIG", ("toml:6", "`num_repeats`?")),
     "dataset key of another type": (LORA, dataset("num_repeats = '2'"), USAGE, "E-DATASET-CONFIG", ("toml:6", "whole")),
-    "dataset feature to come": (
+    "dataset key out of place": (
         LORA,
         dataset("validation_split = 0.1"),
         USAGE,
         "E-DATASET-CONFIG",
-        ("toml", "validation_split"),
+        ("toml", "validation_split", "[[datasets]]"),
     ),
     # models
     "no model": (LORA, words("--ae", ""), USAGE, "E-MODEL-NONE", ("--ae", "give --ae FILE")),
@@ -427,7 +427,7 @@ OTHERS = {
     "sd3": (["joint_blocks.0.context_block.attn.qkv.weight"], "an SD3 checkpoint", "sd3 scripts"),
     "flux2": (["double_stream_modulation_img.lin.weight"], "a FLUX.2 transformer", "FLUX.1"),
     "chroma": (["distilled_guidance_layer.in_proj.weight"], "a Chroma transformer", "FLUX.1"),
-    "scaled fp8": (["double_blocks.0.img_attn.qkv.scale_weight"], "'scaled fp8'", "bf16"),
+    "scaled twice": (["double_blocks.0.img_attn.qkv.weight_scale_2"], "'scaled' form", "bf16"),
     "lora": (["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight"], "a LoRA (kohya", "--network_weights"),
     "control net": (["controlnet_blocks.0.weight"], "a ControlNet", "error-codes"),
     "umt5": (

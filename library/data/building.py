@@ -181,12 +181,6 @@ class Builder:
         found = Values()
         for key in keys:
             position, value = self._value(key, tables) if key.fits(self.accepts, kind) else (None, key.default)
-            if key.later and value not in (key.default, None):
-                what = f"not available yet: {key.later} ({key.name})"
-                if position is None:
-                    where = self.command_line.options.where(str(key.option))
-                    raise UserError(what, where, "leave it out", code="E-LATER")
-                self.document.wrong(position, what, "leave it out")
             found.values[key.name], found.positions[key.name] = value, position
         return found
 

@@ -135,7 +135,7 @@ def check_latents(data: TrainingData, settings: CacheSettings) -> LatentsCheck:
     store: LatentsStore
     if settings.to_disk:
         store = LatentsFiles(
-            data.items,
+            data.all_items,
             data.traits,
             settings.identity,
             settings.dtype,
@@ -145,7 +145,7 @@ def check_latents(data: TrainingData, settings: CacheSettings) -> LatentsCheck:
             posterior=settings.posterior,
         )
     else:
-        store = LatentsMemory(data.items, posterior=settings.posterior)
+        store = LatentsMemory(data.all_items, posterior=settings.posterior)
     return _checked(LatentsCheck(store, "latents", 0), settings)
 
 
@@ -162,7 +162,7 @@ def check_text(data: TrainingData, settings: CacheSettings) -> TextCheck:
                 code="E-CACHE",
             )
         store = TextFiles(
-            data.items,
+            data.all_items,
             suffix,
             settings.identity,
             settings.dtype,
@@ -172,7 +172,7 @@ def check_text(data: TrainingData, settings: CacheSettings) -> TextCheck:
             compact=settings.compact,
         )
     else:
-        store = TextMemory(data.items, variants=data.text_variants)
+        store = TextMemory(data.all_items, variants=data.text_variants)
     return _checked(TextCheck(store, "text outputs", 0), settings)
 
 

@@ -38,7 +38,8 @@ def load(options: Options, accepts: Accepts | None = None) -> DatasetConfig:
         accepts = Accepts(pairs=bool(command_line.field("masked_loss")))
     path = command_line.field("dataset_config")
     loaded = _from_file(Path(path), command_line, accepts) if path else _from_options(command_line, accepts)
-    return replace(loaded, findings=(*loaded.findings, *_mask_findings(loaded, command_line)))
+    findings = *loaded.findings, *_mask_findings(loaded, command_line), *_validation_findings(loaded, command_line)
+    return replace(loaded, findings=findings)
 
 
 def _from_file(path: Path, command_line: CommandLine, accepts: Accepts) -> DatasetConfig:
@@ -135,3 +136,14 @@ def _mask_findings(loaded: DatasetConfig, command_line: CommandLine) -> Iterator
     for subset in bare:
         what = f"{subset.name} has no masks: all of its images is learned"
         yield Finding(error=False, what=what, where=subset.where, code="E-MASK")
+
+
+# validation
+
+
+def _validation_findings(loaded: DatasetConfig, command_line: CommandLine) -> Iterator[Finding]:
+    """Whether `--validation_split` has folders to split."""
+    if command_line.field("validation_split") and not any(dataset.validation_split for dataset in loaded.datasets):
+        what = "nothing is held out for validation: only datasets of image folders can be split"
+        where = command_line.options.where("validation_split")
+        yield Finding(error=False, what=what, where=where, code="E-VALIDATION")

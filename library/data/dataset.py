@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from library.data.holdout import validation_shares
 from library.data.items import Item
 from library.data.loading import Clock, Loader, Tokenize
 from library.data.order import Epoch, Group, Lane, Order, Share, shared_out
@@ -34,6 +35,9 @@ class TrainingData:
         self.total_steps = 0
         """Length of the run in optimizer steps, once it is known: the token warm-up may be a share of it."""
         self.items: Sequence[Item] = scan.items
+        """What is trained on."""
+        self.all_items: Sequence[Item] = [*scan.items, *scan.held_out] if scan.held_out else scan.items
+        """And what is held out for validation, behind it; what is cached has these numbers."""
         self.latents: LatentsStore | None = None
         self.cond: TextStore | None = None
         self._lanes = _lanes(scan)
@@ -75,6 +79,15 @@ class TrainingData:
             line += f"; they take turns, all are seen within {max(turns)} epochs"
         weight = "" if self.prior_loss_weight == 1 else f", their loss counts {self.prior_loss_weight:g} times"
         return line + weight
+
+    def validation_line(self) -> str | None:
+        """What is held out for validation, for people."""
+        count = len(self.scan.held_out)
+        if not count:
+            return None
+        whole = len({item.path for item in self.scan.held_out})
+        several = "" if whole == count else f", in {count} sizes or datasets"
+        return f"{whole} images held out for validation{several}"
 
     @cached_property
     def conditioned(self) -> bool:
@@ -131,6 +144,16 @@ class TrainingData:
         order = self.order.epoch(epoch, world, accumulation)
         begun = (epoch - 1) * self.steps_in_epoch(world, accumulation)
         return self._loader.batches(_Shares(order, rank, start), Clock(begun, accumulation), tokenize)
+
+    def validation_batches(
+        self, rank: int = 0, world: int = 1, *, most: int | None = None, tokenize: Tokenize | None = None
+    ) -> Iterator[Batch]:
+        """The batches of held-out images of one process, the same each time; `most` is for all processes together.
+
+        They are decoded by threads: the worker processes may be at the training's next batches.
+        """
+        shares = validation_shares(self.all_items, self.batch_sizes, most)[rank::world]
+        return Loader(self, workers=0, persistent=False).batches(shares, Clock(0, 1), tokenize)
 
 
 def _lanes(scan: Scan) -> dict[tuple[int, Size], Lane]:

@@ -38,6 +38,8 @@ class Item:
     """Centre x, centre y, width and height of a face, from the file's name."""
     gone: bool = False
     """Whether the image isn't there any more, but its latents are cached on disk."""
+    held_out: int | None = None
+    """The number that decides the noise of an image that is kept for validation; None: it is trained on."""
 
     @property
     def stem(self) -> str:

@@ -68,11 +68,15 @@ class Sample:
 
 
 def samples_of(data: TrainingData, share: Share, clock: Clock) -> list[Sample]:
-    """The images of a share; what is drawn depends on the seed, the epoch and the place in it alone."""
+    """The images of a share; what is drawn depends on the seed, the epoch and the place in it alone.
+
+    What is drawn for a held-out image is always the same.
+    """
     moment = Moment(share.epoch, clock.step(share), data.total_steps)
     samples = []
     for offset, index in enumerate(share.entries):
-        item, draw = data.items[index], mix(data.seed, share.epoch, share.position + offset)
+        item = data.all_items[index]
+        draw = mix(data.seed, share.epoch, share.position + offset) if item.held_out is None else item.held_out
         view = drawn(item, random.Random(mix(draw, VIEW_STREAM)))
         generator = random.Random(mix(draw, CAPTION_STREAM))
         if data.cond is None and not data.words_from_cache:

@@ -77,6 +77,7 @@ def _row(
     settings = report.settings
     used = "one is drawn each time" if settings.enable_wildcard else "only the first is used"
     row.counts["captioned"] = report.captioned
+    row.counts["held out for validation"] = report.held_out
     row.counts["from class tokens"] = report.from_class_tokens
     row.counts["empty"] = report.empty
     row.counts["without a caption"] = report.missing

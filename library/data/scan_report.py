@@ -31,6 +31,8 @@ class SubsetReport:
     multi_line: int = 0
     """Caption files of which only the first of several lines is used."""
     transparent: int = 0
+    held_out: int = 0
+    """Images that are kept for validation."""
     without_file: list[str] = field(default_factory=list)
     """Images that have no caption file."""
 
@@ -42,6 +44,9 @@ class Scan:
     config: DatasetConfig
     """With the sizes that metadata files have told."""
     items: list[Item] = field(default_factory=list)
+    """Images to train on."""
+    held_out: list[Item] = field(default_factory=list)
+    """Images that are kept for validation."""
     reports: list[SubsetReport] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)

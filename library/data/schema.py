@@ -85,8 +85,6 @@ class Key:
     kinds: tuple[DatasetKind, ...] = KINDS
     """The datasets that know it; in [general] it may also stand beside others."""
     is_dropout: bool = False
-    later: str = ""
-    """What it belongs to, when that isn't there yet: only values that switch it off are accepted."""
 
     def fits(self, accepts: Accepts, kind: DatasetKind | None) -> bool:
         """Whether it may be given for a kind of datasets; None: for any that the script accepts."""
@@ -134,8 +132,8 @@ DATASET_KEYS = (
     Key("bucket_reso_steps", INTEGER, 64, option="bucket_reso_steps", least=1, most=LONGEST_SIDE),
     Key("bucket_no_upscale", SWITCH, False, option="bucket_no_upscale"),
     Key("network_multiplier", NUMBER, 1.0),
-    Key("validation_split", NUMBER, 0.0, least=0, most=1, kinds=(FOLDERS,), later="the validation split"),
-    Key("validation_seed", INTEGER, kinds=(FOLDERS,)),
+    Key("validation_split", NUMBER, 0.0, option="validation_split", least=0, most=1, kinds=(FOLDERS,)),
+    Key("validation_seed", INTEGER, option="validation_seed", kinds=(FOLDERS,)),
 )
 """In [general] and [[datasets]]."""
 

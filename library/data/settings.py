@@ -79,7 +79,9 @@ class DatasetSettings:
     where: str = ""
 
     validation_split: float = 0.0
+    """Share of the images that is held out for validation."""
     validation_seed: int | None = None
+    """Decides which; None: the seed of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from library.data import buckets, captions
 from library.data.buckets import Assignment
 from library.data.cache_info import CacheInfo
 from library.data.directories import Directory, Facts, Shelf, splitext
+from library.data.holdout import hold_out
 from library.data.items import Item
 from library.data.regularization import balanced
 from library.data.scan_cache import ScanCache
@@ -42,6 +43,7 @@ def scan(
     strict: bool = False,
     scan_cache: Path | None = None,
     use_gone: bool = False,
+    validation_seed: int = 0,
     visible: bool = True,
 ) -> Scan:
     """The items of a configuration; damaged files, missing captions and all else that is wrong are findings.
@@ -55,6 +57,7 @@ def scan(
         strict: warnings become errors.
         scan_cache: file in which headers and captions are remembered.
         use_gone: whether cached latents may stand for images that aren't there any more.
+        validation_seed: of datasets that have none of their own.
         visible: show the progress.
     """
     cache = ScanCache(scan_cache, ignore_orientation=ignore_exif_orientation, thorough=skip_bad_images)
@@ -76,6 +79,7 @@ def scan(
         makers = [_Maker(settings) for settings in result.config.datasets]
         for search in searches:
             _add(result, search, makers[search.dataset], damaged, allow_missing_captions)
+        hold_out(result, validation_seed)
         for index in range(len(config.datasets)):
             _balance(result, index)
         result.opened = shelf.opened
@@ -84,9 +88,8 @@ def scan(
         result.findings += gone_findings(result)
     if not result.items and not any(finding.error for finding in result.findings):
         where = config.source or "--train_data_dir"
-        result.findings.append(
-            Finding(error=True, what="there are no images to train on", where=where, code="E-DATA-NONE")
-        )
+        what = "all images are held out for validation" if result.held_out else "there are no images to train on"
+        result.findings.append(Finding(error=True, what=what, where=where, code="E-DATA-NONE"))
     result.findings = condensed(result.findings, strict=strict)
     return result
 

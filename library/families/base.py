@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from library.models.activations import ActivationModel
 from library.types import Cond, Finding, Posterior, Size, Tokens, Traits
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ class Family(Protocol):
     def part_shapes(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
         """Shapes of the tensors of the denoiser (`unet`) and of each text encoder, by name, from the headers only."""
 
+    def activations(self) -> ActivationModel:
+        """What the denoiser needs in memory beside its weights."""
+
     def text_output_bytes(self) -> int:
         """Room on the disk that the text outputs of one caption need, at most."""
 
@@ -47,14 +51,32 @@ class Family(Protocol):
     def token_limits(self) -> dict[str, int]:
         """Longest token sequence by encoder name."""
 
-    def load_encoders(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
-        """The named text encoders, frozen, in evaluation mode."""
+    def load_encoders(
+        self,
+        names: Sequence[str],
+        device: torch.device,
+        dtype: torch.dtype,
+        finished: Callable[[str, nn.Module], None] | None = None,
+        keep_float8: bool = False,
+    ) -> dict[str, nn.Module]:
+        """The named text encoders, frozen, in evaluation mode. For the last two see `load_denoiser`."""
 
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The image autoencoder, frozen, in evaluation mode."""
 
-    def load_denoiser(self, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-        """The denoiser; dtype None keeps that of the file."""
+    def load_denoiser(
+        self,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        finished: Callable[[str, nn.Module], None] | None = None,
+        keep_float8: bool = False,
+    ) -> nn.Module:
+        """The denoiser; dtype None keeps that of the file.
+
+        `finished` is called for each module, with its name, when all of its own tensors are there, before others are
+        read, so that the module can be stored in fewer bits, or moved. `keep_float8` leaves linear layers of blocks as
+        they are that the file has in float8.
+        """
 
     def encode_text(self, encoders: Mapping[str, nn.Module], tokens: Tokens) -> Cond:
         """What the given encoders say; those that aren't given leave their arrays out."""

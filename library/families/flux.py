@@ -16,8 +16,8 @@ from library.findings import of_error, warning
 from library.log import UserError, get_logger
 from library.models import autoencoder, clip, detect, loading, t5
 from library.models.flux import Flux as FluxModel
-from library.models.flux import image_ids, patchify, text_ids, unpatchify
-from library.models.quantized import is_float8
+from library.models.flux import FluxConfig, image_ids, patchify, text_ids, unpatchify
+from library.models.ledger_flux import FluxActivations
 from library.objectives import Flow, FlowSettings
 from library.option_groups import (
     FlowDensityOptions,
@@ -31,7 +31,7 @@ from library.option_groups import (
 )
 from library.options import Options
 from library.places import check_readable
-from library.types import Cond, Finding, Posterior, Size, Tokens, Traits
+from library.types import DENOISER, Cond, Finding, Posterior, Size, Tokens, Traits
 
 logger = get_logger(__name__)
 
@@ -178,6 +178,10 @@ class Flux:
             name: loading.header_of(self.files.required(name), name, f"--{name}").shapes for name in self.encoder_names
         }
 
+    def activations(self) -> FluxActivations:
+        """What the transformer needs in memory beside its weights."""
+        return FluxActivations(FluxConfig.from_shapes(self.part_shapes()[DENOISER]))
+
     def text_output_bytes(self) -> int:
         """Room on the disk that the text outputs of one caption need, at most; 0 without text encoders."""
         if not self.files.clip_l and not self.files.t5xxl:
@@ -298,13 +302,26 @@ class Flux:
             cond["apply_t5_attn_mask"] = torch.full((len(mask),), self.files.apply_t5_mask, device=mask.device)
         return cond
 
-    def load_encoders(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+    def load_encoders(
+        self,
+        names: Sequence[str],
+        device: torch.device,
+        dtype: torch.dtype,
+        finished: loading.Finished | None = None,
+        keep_float8: bool = False,
+    ) -> dict[str, nn.Module]:
         """The named text encoders, frozen, in evaluation mode."""
         load = {"clip_l": loading.load_clip, "t5xxl": loading.load_t5}
         return {
             name: _frozen(
                 load[name](
-                    self.files.required(name), dtype=dtype, device=device, mmap=self.files.mmap, option=f"--{name}"
+                    self.files.required(name),
+                    dtype=dtype,
+                    device=device,
+                    mmap=self.files.mmap,
+                    option=f"--{name}",
+                    finished=finished,
+                    keep_float8=keep_float8,
                 )
             )
             for name in self.encoder_names
@@ -333,11 +350,22 @@ class Flux:
         """Nothing: the transformer isn't told."""
         return {}
 
-    def load_denoiser(self, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    def load_denoiser(
+        self,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        finished: loading.Finished | None = None,
+        keep_float8: bool = False,
+    ) -> nn.Module:
         """The transformer, in evaluation mode."""
-        path = self.files.required("transformer")
         return loading.load_flux(
-            path, dtype=dtype, device=device, mmap=self.files.mmap, option=self.files.transformer_option
+            self.files.required("transformer"),
+            dtype=dtype,
+            device=device,
+            mmap=self.files.mmap,
+            option=self.files.transformer_option,
+            finished=finished,
+            keep_float8=keep_float8,
         ).eval()
 
     def objective(self) -> Flow:
@@ -350,8 +378,8 @@ class Flux:
         """The velocity (B, 16, h, w) for noisy latents x at timesteps (B,) in [0, 1000]."""
         model = denoiser
         assert isinstance(model, FluxModel)
-        stored = model.img_in.weight.dtype
-        dtype = x.dtype if is_float8(stored) else stored  # eight bits are for storage; autocast says what to compute in
+        stored = model.img_in.weight.dtype  # not of a block, so that it stays in the type to compute in
+        dtype = stored if stored.itemsize > 1 else x.dtype  # of a file in eight bits autocast says what to compute in
         if guidance is None:
             guidance = torch.full_like(timesteps, self.guidance)
         velocity: Tensor = model(

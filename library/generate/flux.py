@@ -18,7 +18,7 @@ from library.option_groups import FluxInferenceOptions, InferenceExtraOptions
 from library.places import check_writable
 from library.sampling import SampleRequest
 from library.types import DENOISER, Finding
-from networks import lora_flux
+from networks import lora_flux, oft_flux
 
 if TYPE_CHECKING:
     from library.options import Options
@@ -64,7 +64,7 @@ def generate(options: Options) -> None:
         family,
         dtypes.by_part(),
         devices.best_device(),
-        lambda weights: lora_flux,
+        lambda weights: oft_flux if any(name.startswith("oft_unet_") for name in weights) else lora_flux,
         offload=group.offload,
         loras=loras,
         merge=group.merge_lora_weights,

@@ -166,9 +166,12 @@ class Painter:
     def _part(self, name: str) -> nn.Module:
         if name not in self._parts:
             self._parts[name] = self._load(name)
-            if name != VAE:
+            if name != VAE and self.merge:
                 self._attach(name)
                 self._store(name)
+            elif name != VAE:  # networks cover the module as it is stored
+                self._store(name)
+                self._attach(name)
         return self._parts[name]
 
     def _load(self, name: str) -> nn.Module:
@@ -183,7 +186,7 @@ class Painter:
     def _store(self, name: str) -> None:
         """Puts a part that shall be stored in eight bits into them; networks are merged before, in full precision."""
         if quantized.is_float8(self.dtypes[name]):
-            quantized.store_linears(self._parts[name], self.dtypes[name])
+            quantized.store_linears(self._parts[name], "fp8")
 
     def _attach(self, name: str) -> None:
         """Applies or merges the networks to one part, each as far as it has weights for it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import chain, repeat
 from pathlib import Path
@@ -12,7 +13,7 @@ from weakref import WeakSet
 
 from library import files
 from library.log import UserError, get_logger
-from library.methods import plugins
+from library.methods import plugins, preservation
 from library.methods.base import Method, ParamGroup, broadcast, require_something
 from library.methods.rates import Rate, Rates
 from library.option_groups import MemoryOptions, NetworkOptions, PrecisionOptions
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from library.methods.base import Answer
     from library.options import Options
-    from library.types import Batch, Models
+    from library.types import Batch, Cond, Models, Noised
 
 logger = get_logger(__name__)
 
@@ -33,6 +35,8 @@ LIKELY_RANK = 4
 
 class Adapter(Method):
     """See `library.methods.base.Method`."""
+
+    keeps_base = True
 
     def __init__(
         self,
@@ -258,15 +262,13 @@ class Adapter(Method):
             component, rate = self._encoder_of(name)
         lr = rate.value if group.get("lr") is None else float(group["lr"])
         ratio = f" x {lr / rate.value:g}" if rate.value and lr != rate.value else ""
-        return ParamGroup(
-            name=name, params=list(group["params"]), lr=lr, lr_source=rate.source + ratio, component=component
-        )
+        source = "--network_args rules" if " lr=" in name else rate.source + ratio
+        return ParamGroup(name=name, params=list(group["params"]), lr=lr, lr_source=source, component=component)
 
     def _encoder_of(self, name: str) -> tuple[str, Rate]:
-        digits = "".join(filter(str.isdigit, name))
-        names = list(self.rates.encoders)
-        if digits and 0 < int(digits) <= len(names):
-            chosen = names[int(digits) - 1]
+        found, names = re.search(r"\d+", name), list(self.rates.encoders)
+        if found is not None and 0 < int(found[0]) <= len(names):
+            chosen = names[int(found[0]) - 1]
             return chosen, self.rates.encoders[chosen]
         first = self._encoders[0] if self._encoders else None
         return first or "text encoder", self.rates.encoders[first] if first else self.rates.default
@@ -289,11 +291,23 @@ class Adapter(Method):
         if hasattr(self.network, "on_step_start"):
             self.network.on_step_start()
         if batch.multiplier != self._multiplier:
-            if not hasattr(self.network, "set_multiplier"):
-                what = f"a network_multiplier of {batch.multiplier:g}"
-                raise UserError(what, "dataset config", f"{self.options.network_module} doesn't support it")
+            self._require_multiplier(f"a network_multiplier of {batch.multiplier:g}")
             self.network.set_multiplier(batch.multiplier)
             self._multiplier = batch.multiplier
+
+    def target(self, noised: Noised, batch: Batch, cond: Cond, answer: Answer) -> Noised:
+        """What the model says without the network, for samples with `diff_output_preservation`."""
+        chosen = preservation.rows(batch.attributes)
+        if not chosen:
+            return noised
+        self._require_multiplier(preservation.ATTRIBUTE)
+        with preservation.without(self.network, self._multiplier):
+            return preservation.with_base_target(noised, chosen, cond, answer)
+
+    def _require_multiplier(self, wanted: str) -> None:
+        if not hasattr(self.network, "set_multiplier"):
+            what = f"{self.options.network_module} doesn't support it: the network has no set_multiplier"
+            raise UserError(f"{wanted} is asked for", "dataset config", what, code="E-PRESERVATION")
 
     def after_step(self, step: int) -> dict[str, Tensor | float]:
         """Keeps the norms below `--scale_weight_norms`."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,13 @@ if TYPE_CHECKING:
     from library.options import Options
     from library.types import Batch, Cond, Models, Noised
 
+Answer = Callable[["Noised", "Cond"], "Tensor"]
+"""What the objective compares with a target, as the model with all that is attached to it answers now (B, C, h, w)."""
+
 BUCKET_ELEMENTS = 1 << 25
 """Most elements of the flat tensor in which gradients travel between processes."""
+BUCKETS_ON_THE_WAY = 4
+"""Most such tensors that exist at a time."""
 
 
 @dataclass(kw_only=True)
@@ -57,6 +63,9 @@ class TrainedRow:
 
 class Method(ABC):
     """What moves while training. Knows no family and no objective."""
+
+    keeps_base: ClassVar[bool] = False
+    """Whether the model as it was before the training is still there to be asked."""
 
     @classmethod
     @abstractmethod
@@ -123,14 +132,17 @@ class Method(ABC):
         """What a control network says about the batch; None: nothing."""
         return None
 
-    def target(self, noised: Noised, batch: Batch, cond: Cond) -> Noised:
-        """What the denoiser should say, where the method wants something else."""
+    def target(self, noised: Noised, batch: Batch, cond: Cond, answer: Answer) -> Noised:
+        """The same task with another target, where the method wants one."""
         return noised
 
-    def reduce_gradients(self, accelerator: Any) -> None:
-        """Gives all processes the mean of their gradients; called once per optimizer step."""
+    def reduce_gradients(self, accelerator: Any, parameters: Sequence[nn.Parameter] | None = None) -> None:
+        """Gives all processes the mean of their gradients; called once per optimizer step for each parameter.
+
+        `parameters` None means all; all processes must come with the same ones, in the same order.
+        """
         if accelerator.num_processes > 1:
-            average_gradients(self.parameters(), accelerator.num_processes)
+            average_gradients(self.parameters() if parameters is None else parameters, accelerator.num_processes)
 
     def after_step(self, step: int) -> dict[str, Tensor | float]:
         """Called after each optimizer step; returns values worth logging, on the device where they are."""
@@ -141,25 +153,35 @@ class Method(ABC):
         return [parameter for group in self.param_groups() for parameter in group.params]
 
 
+@torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter], processes: int) -> None:
     """Replaces the gradients by their mean over the processes. All processes must call it with the same parameters.
 
-    Gradients travel in large flat pieces, several on the way at a time. A parameter without a gradient here (an adapter
+    Gradients travel in large flat pieces, a few on the way at a time. A parameter without a gradient here (an adapter
     that was dropped for this batch) counts as zero, since other processes may have one for it.
     """
-    on_the_way = []
+    on_the_way: deque[tuple[list[Tensor], Tensor, Any]] = deque()
     for bucket in _buckets(parameters):
+        if len(on_the_way) == BUCKETS_ON_THE_WAY:
+            _unpack(*on_the_way.popleft())
         gradients = [_gradient(parameter) for parameter in bucket]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        flat = gradients[0] if len(gradients) == 1 else torch.cat([gradient.reshape(-1) for gradient in gradients])
         if flat.device.type == "cpu":
             flat = flat.float()  # gloo adds no half-precision numbers
-        flat /= processes
+        flat = flat.contiguous().div_(processes)
         on_the_way.append((gradients, flat, dist.all_reduce(flat, async_op=True)))
-    for gradients, flat, work in on_the_way:
-        work.wait()
-        pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
-        for gradient, piece in zip(gradients, pieces, strict=True):
-            gradient.copy_(piece.view_as(gradient))
+    while on_the_way:
+        _unpack(*on_the_way.popleft())
+
+
+def _unpack(gradients: list[Tensor], flat: Tensor, work: Any) -> None:
+    """Brings the numbers of a piece back to the gradients when it has arrived."""
+    work.wait()
+    if flat is gradients[0]:
+        return
+    pieces = torch.split(flat.reshape(-1), [gradient.numel() for gradient in gradients])
+    for gradient, piece in zip(gradients, pieces, strict=True):
+        gradient.copy_(piece.view_as(gradient))
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -21,6 +21,7 @@ from library.models.detect import ROLES, refusal
 from library.models.keymaps import Mapped, Recipes, Shapes, mapped_shapes
 from library.models.keymaps_sd import Version
 from library.models.locations import joint_header, locate, open_tensors
+from library.models.scaled_files import ScaledTensors
 
 Role = Literal["sd", "sdxl"]
 UNET, TEXT, TEXT_2, VAE = "unet", "text_encoder", "text_encoder_2", "vae"
@@ -47,7 +48,7 @@ class Part:
         """The tensors, each read when it is asked for; errors inside the block come out naming option and path."""
         with open_tensors(self.files, self.mmap) as tensors:
             try:
-                yield Mapped(tensors, self.recipes)
+                yield Mapped(ScaledTensors(tensors), self.recipes)
             except DataError as error:
                 raise DataError(error.what, self.where, error.hint, code=error.code) from None
 

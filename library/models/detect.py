@@ -9,6 +9,7 @@ from pathlib import Path
 from library.files import Header
 from library.log import DataError
 from library.models.locations import joint_header, locate
+from library.models.scaled_files import odd_weight, without_scales
 from library.types import Finding
 
 
@@ -77,7 +78,7 @@ Rule = Callable[[_Names], Kind | None]
 
 def detect(header: Header | Mapping[str, tuple[int, ...]]) -> Kind:
     """The kind of file with this header, or with tensors of these shapes."""
-    names = _Names(header.shapes if isinstance(header, Header) else header)
+    names = _Names(without_scales(header.shapes if isinstance(header, Header) else header))
     return next((kind for rule in _RULES if (kind := rule(names)) is not None), UNKNOWN)
 
 
@@ -103,6 +104,10 @@ def refusal(header: Header, path: Path | str, option: str, wanted: str) -> Findi
         hint = "use a bf16, fp16 or float8_e4m3fn file"
         what = f"{name} stores its weights as {stored}, which is not supported"
         return Finding(error=True, what=what, where=where, hint=hint, code="E-MODEL-DTYPE")
+    if odd := odd_weight(header.tensors):
+        what = f"{name} stores {odd} with scales, but not as float8_e4m3fn with one for all or for each row"
+        hint = "use a bf16, fp16 or float8_e4m3fn file"
+        return Finding(error=True, what=what, where=where, hint=hint, code="E-MODEL-DTYPE")
     return None
 
 
@@ -117,9 +122,9 @@ UNKNOWN = Kind("unknown", "of an unknown kind", hint="check that it is the right
 
 
 def _quantized(names: _Names) -> Kind | None:
-    if names.has("scaled_fp8", ".scale_weight", ".weight_scale", ".weight_scale_2", ".comfy_quant", ".scale_input"):
-        what = "a model in 'scaled fp8' form (separate scale tensors)"
-        return Kind("scaled_fp8", what, hint="use the bf16, fp16 or plain float8_e4m3fn file")
+    if names.has(".weight_scale_2", ".pre_quant_scale"):
+        what = "a model in 'scaled' form with more than one scale for a weight"
+        return Kind("scaled", what, hint="use the bf16, fp16 or float8_e4m3fn file")
     if names.has(".absmax") or names.contains(".quant_state.") or names.has(".qweight"):
         return Kind("quantized", "a model quantised to 4 or 8 bits", hint="use the bf16 or fp16 file")
     return None

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from library.files import Header, LazyTensors, fingerprint
+from library.files import Header, fingerprint
 from library.log import DataError
-from library.models import autoencoder, clip, keymaps, t5
+from library.models import autoencoder, clip, keymaps, quantized, t5
 from library.models.detect import ROLES, refusal
 from library.models.flux import Flux, FluxConfig
 from library.models.keymaps import Mapped, Recipes, mapped_shapes
 from library.models.locations import joint_header, locate, open_tensors
-from library.pickles import PickledTensors
+from library.models.scaled_files import ScaledTensors, without_scales
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Model = TypeVar("Model", bound=nn.Module)
 Shapes = Mapping[str, tuple[int, ...]]
+Finished = Callable[[str, nn.Module], None]
 
 
 def load_flux(
@@ -33,12 +36,18 @@ def load_flux(
     *,
     mmap: bool = True,
     option: str = "--pretrained_model_name_or_path",
+    finished: Finished | None = None,
+    keep_float8: bool = False,
 ) -> Flux:
     """The FLUX.1 transformer of a BFL or ComfyUI file, a Diffusers folder, or the first of its shards.
 
     Args:
         dtype: of all weights; None keeps that of the file.
         option: the option that gave the path, for messages.
+        finished: what to call for each module, with its name, as soon as all of its own tensors are there; the next
+            tensor is read when it is done.
+        keep_float8: leave linear layers of blocks as they are that the file has in float8_e4m3fn, with scales or
+            without, whatever `dtype` is. See `library.models.quantized`.
 
     Raises:
         DataError: the file is something else, damaged, incomplete, or stored in a way that isn't understood.
@@ -47,7 +56,7 @@ def load_flux(
         source = Mapped(tensors, flux_recipes(tensors.shapes))
         shapes = mapped_shapes(tensors.shapes, source.recipes)
         model = _empty(lambda: Flux(FluxConfig.from_shapes(shapes)))
-        return _fill(model, source, shapes, dtype, device)
+        return _fill(model, source, shapes, Filling(dtype, device, finished, keep_float8))
 
 
 def load_autoencoder(
@@ -64,7 +73,7 @@ def load_autoencoder(
         ldm_shapes = mapped_shapes(tensors.shapes, ldm.recipes)
         source = Mapped(ldm, keymaps.vae_to_diffusers(ldm_shapes))
         model = _empty(lambda: autoencoder.build_autoencoder(ldm_shapes))
-        return _fill(model, source, mapped_shapes(ldm_shapes, source.recipes), dtype, device)
+        return _fill(model, source, mapped_shapes(ldm_shapes, source.recipes), Filling(dtype, device))
 
 
 def load_clip(
@@ -74,6 +83,8 @@ def load_clip(
     *,
     mmap: bool = True,
     option: str = "--clip_l",
+    finished: Finished | None = None,
+    keep_float8: bool = False,
 ) -> nn.Module:
     """The CLIP-L text encoder of a file with Hugging Face names. As `load_flux`."""
     with _opened(path, "clip_l", mmap, option) as tensors:
@@ -81,7 +92,9 @@ def load_clip(
         shapes = mapped_shapes(tensors.shapes, file.recipes)
         model = _empty(lambda: clip.build_clip(shapes))
         source = Mapped(file, clip.clip_keys(model, shapes))
-        model = _fill(model, source, mapped_shapes(shapes, source.recipes), dtype, device)
+        model = _fill(
+            model, source, mapped_shapes(shapes, source.recipes), Filling(dtype, device, finished, keep_float8)
+        )
         clip.restore_positions(model)
         return model
 
@@ -93,27 +106,29 @@ def load_t5(
     *,
     mmap: bool = True,
     option: str = "--t5xxl",
+    finished: Finished | None = None,
+    keep_float8: bool = False,
 ) -> nn.Module:
     """The T5 encoder of a file with Hugging Face names. As `load_flux`."""
     with _opened(path, "t5xxl", mmap, option) as tensors:
         source = Mapped(tensors, keymaps.t5_encoder(tensors.shapes))
         shapes = mapped_shapes(tensors.shapes, source.recipes)
-        return _fill(_empty(lambda: t5.build_t5(shapes)), source, shapes, dtype, device)
+        model = _empty(lambda: t5.build_t5(shapes))
+        return _fill(model, source, shapes, Filling(dtype, device, finished, keep_float8, t5.EXACT_IN_FP16))
 
 
-def filled(
-    build: Callable[[], Model], tensors: Mapped, shapes: Shapes, dtype: torch.dtype | None, device: torch.device | str
-) -> Model:
+def filled(build: Callable[[], Model], tensors: Mapped, shapes: Shapes, filling: Filling) -> Model:
     """The model that `build` makes, with tensors of these shapes in it, moved there one by one.
 
     Errors: DataError when names or shapes differ from those of the model.
     """
-    return _fill(_empty(build), tensors, shapes, dtype, device)
+    return _fill(_empty(build), tensors, shapes, filling)
 
 
 def header_of(path: Path | str, role: str, option: str) -> Header:
     """Names, shapes and metadata of a model (a key of `detect.ROLES`), names as in its files; nothing else is read."""
-    return joint_header(locate(path, option, ROLES[role].folders), option)
+    found = joint_header(locate(path, option, ROLES[role].folders), option)
+    return replace(found, tensors=without_scales(found.tensors))
 
 
 def flux_shapes(path: Path | str, option: str) -> dict[str, tuple[int, ...]]:
@@ -149,7 +164,7 @@ def _unprefixed(shapes: Shapes, prefixes: Iterable[str], known: str) -> Recipes:
 
 
 @contextmanager
-def _opened(path: Path | str, role: str, mmap: bool, option: str) -> Iterator[LazyTensors | PickledTensors]:
+def _opened(path: Path | str, role: str, mmap: bool, option: str) -> Iterator[ScaledTensors]:
     """The tensors of a file that can play `role`; errors inside the block come out naming option and path."""
     paths = locate(path, option, ROLES[role].folders)
     found = joint_header(paths, option)
@@ -157,7 +172,7 @@ def _opened(path: Path | str, role: str, mmap: bool, option: str) -> Iterator[La
         raise DataError(problem.what, problem.where, problem.hint, code=problem.code)
     with open_tensors(paths, mmap) as tensors:
         try:
-            yield tensors
+            yield ScaledTensors(tensors)
         except DataError as error:
             raise DataError(error.what, f"{option} {path}", error.hint, code=error.code) from None
 
@@ -168,22 +183,64 @@ def _empty(build: Callable[[], Model]) -> Model:
         return build()
 
 
-def _fill(
-    model: Model, tensors: Mapped, shapes: Shapes, dtype: torch.dtype | None, device: torch.device | str
-) -> Model:
+@dataclass(frozen=True)
+class Filling:
+    """How a model is filled, see `load_flux`."""
+
+    dtype: torch.dtype | None
+    device: torch.device | str
+    finished: Finished | None = None
+    keep_float8: bool = False
+    exact: tuple[str, ...] = ()
+    """Ends of the names of tensors that are held in float32 where others are in float16."""
+
+    def placed(self, name: str, value: Tensor) -> Tensor:
+        """A copy of a tensor, in type and place."""
+        exact = self.dtype == torch.float16 and name.endswith(self.exact)
+        return value.detach().to(device=self.device, dtype=torch.float32 if exact else self.dtype, copy=True)
+
+
+def _fill(model: Model, tensors: Mapped, shapes: Shapes, filling: Filling) -> Model:
     """The model with the tensors in place of its empty ones; aliases of one tensor stay one."""
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
     places = {names[0]: names for names in aliases.values()}
     _compare({name: tuple(cast(Tensor, model.get_parameter(name)).shape) for name in places}, shapes)
+    missing = Counter(name.rpartition(".")[0] for names in places.values() for name in names)
     for name in tensors:
-        value = tensors[name].detach().to(device=device, dtype=dtype, copy=True)
-        parameter = nn.Parameter(value, requires_grad=value.is_floating_point())
+        if not (filling.keep_float8 and _adopted(model, name, tensors, filling)):
+            value = filling.placed(name, tensors[name])
+            parameter = nn.Parameter(value, requires_grad=value.is_floating_point())
+            for alias in places[name]:
+                owner, _, leaf = alias.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, parameter)
         for alias in places[name]:
-            owner, _, leaf = alias.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, parameter)
+            owner = alias.rpartition(".")[0]
+            missing[owner] -= 1
+            if filling.finished is not None and not missing[owner]:
+                filling.finished(owner, model.get_submodule(owner))
     return model
+
+
+def _adopted(model: nn.Module, name: str, tensors: Mapped, filling: Filling) -> bool:
+    """Whether a weight could be left as the file has it."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf != "weight" or type(module) is not nn.Linear or not quantized.is_in_a_block(owner):
+        return False
+    recipe, source = tensors.recipes[name], tensors.source
+    while isinstance(source, Mapped) and recipe.make is None:
+        recipe, source = source.recipes[recipe.sources[0]], source.source
+    if not isinstance(source, ScaledTensors):
+        return False
+    parts = [source.parts(part) for part in recipe.sources]
+    weights, scales = [weight for weight, _ in parts], [scale for _, scale in parts if scale is not None]
+    if any(weight.dtype != torch.float8_e4m3fn for weight in weights) or len(scales) not in (0, len(parts)):
+        return False
+    scale = recipe(scales).to(filling.device, copy=True) if scales else None
+    quantized.adopt(module, recipe(weights).to(filling.device, copy=True), scale)
+    return True
 
 
 def _compare(wanted: Shapes, given: Shapes) -> None:

@@ -10,7 +10,7 @@ from library.models import autoencoder, clip, keymaps, unet
 from library.models.checkpoints_sd import OPTION, TEXT, UNET, VAE, Checkpoint, Part, Role, find_checkpoint, find_vae
 from library.models.keymaps import Mapped, Shapes, mapped_shapes
 from library.models.keymaps_sd import Version
-from library.models.loading import filled
+from library.models.loading import Filling, Finished, filled
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,8 @@ def load_unet(
     role: Role,
     mmap: bool = True,
     option: str = OPTION,
+    finished: Finished | None = None,
+    keep_float8: bool = False,
 ) -> nn.Module:
     """The U-Net of a single file (`.safetensors`, `.ckpt`) or a Diffusers folder.
 
@@ -32,13 +34,16 @@ def load_unet(
         dtype: of all weights; None keeps that of the file.
         role: what the script wants: `sd` (1.x and 2.x) or `sdxl`.
         option: the option that gave the path, for messages.
+        finished, keep_float8: as `library.models.loading.load_flux`.
 
     Raises:
         DataError: the file is something else, damaged, incomplete, or stored in a way that isn't understood.
     """
     part = find_checkpoint(path, role, option, mmap=mmap).part(UNET)
     with part.opened() as tensors:
-        return filled(lambda: unet.build_unet(part.shapes), tensors, part.shapes, dtype, device)
+        return filled(
+            lambda: unet.build_unet(part.shapes), tensors, part.shapes, Filling(dtype, device, finished, keep_float8)
+        )
 
 
 def load_encoders(
@@ -50,6 +55,8 @@ def load_encoders(
     names: Sequence[str] | None = None,
     mmap: bool = True,
     option: str = OPTION,
+    finished: Finished | None = None,
+    keep_float8: bool = False,
 ) -> dict[str, nn.Module]:
     """The text encoders by name, `text_encoder` and for SDXL `text_encoder_2`. As `load_unet`.
 
@@ -61,7 +68,8 @@ def load_encoders(
     """
     checkpoint = find_checkpoint(path, role, option, mmap=mmap)
     wanted = [name for name in checkpoint.encoders if names is None or name in names]
-    return {name: _encoder(checkpoint, name, dtype, device) for name in wanted}
+    filling = Filling(dtype, device, finished, keep_float8)
+    return {name: _encoder(checkpoint, name, filling) for name in wanted}
 
 
 def load_vae(
@@ -81,7 +89,7 @@ def load_vae(
     """
     part = vae_part(path, role=role, vae=vae, mmap=mmap, option=option)
     with part.opened() as tensors:
-        return filled(lambda: build_vae(part.shapes), tensors, part.shapes, dtype, device)
+        return filled(lambda: build_vae(part.shapes), tensors, part.shapes, Filling(dtype, device))
 
 
 def vae_part(
@@ -114,14 +122,14 @@ def build_vae(shapes: Shapes) -> nn.Module:
     return autoencoder.build_autoencoder(mapped_shapes(shapes, keymaps.vae_from_diffusers(shapes)))
 
 
-def _encoder(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
+def _encoder(checkpoint: Checkpoint, name: str, filling: Filling) -> nn.Module:
     part = checkpoint.part(name)
     with part.opened() as tensors:
         shapes = part.shapes
         keys = clip.clip_keys(_empty_encoder(shapes, name, checkpoint.version), shapes)
         source = Mapped(tensors.source, keymaps.chained(tensors.recipes, keys))
         ours = mapped_shapes(shapes, keys)
-        model = filled(lambda: build_encoder(shapes, name, checkpoint.version), source, ours, dtype, device)
+        model = filled(lambda: build_encoder(shapes, name, checkpoint.version), source, ours, filling)
         clip.restore_positions(model)
         return model
 

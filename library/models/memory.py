@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from library.models.offloading import Offload
 
 _NARROWING = 2
 
@@ -30,46 +33,52 @@ def checkpoint_blocks(model: nn.Module, every: int = 1, *, offload: bool = False
     their product themselves, see `keep`.
 
     Args:
-        offload: keep the inputs in main memory meanwhile.
+        offload: keep the inputs, and nothing else, in main memory meanwhile.
     """
+    waiting = Offload() if offload else None
     for index, block in enumerate(blocks(model)):
         if index % every:
             continue
-        block.forward = _recomputed(block.forward, offload)
+        block.forward = _recomputed(block.forward, waiting)
         for layer in block.modules():
             if _keeps_its_product(layer):
                 layer.forward = partial(_narrow, layer)
 
 
-def is_narrow(weight: Tensor) -> bool:
-    """Whether the product with a weight (out, in) is worth keeping: much work, and little that comes out."""
-    return weight.shape[1] >= _NARROWING * weight.shape[0]
+def is_narrow(rows: int, columns: int) -> bool:
+    """Whether the product with a weight (rows, columns) is worth keeping: much work, and little that comes out."""
+    return columns >= _NARROWING * rows
 
 
 def _keeps_its_product(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear and "forward" not in layer.__dict__ and is_narrow(layer.weight)
+    return type(layer) is nn.Linear and "forward" not in layer.__dict__ and is_narrow(*layer.weight.shape)
 
 
-def _recomputed(forward: Callable[..., Any], offload: bool) -> Callable[..., Any]:
+def _recomputed(forward: Callable[..., Any], offload: Offload | None) -> Callable[..., Any]:
     def run(*inputs: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*inputs, **named)
-        if not offload:
-            return checkpoint(forward, *inputs, use_reentrant=False, context_fn=_two_passes, **named)
-        devices = [value.device if isinstance(value, Tensor) else None for value in inputs]
-
-        def from_main_memory(*stored: Any) -> Any:
-            return forward(*(_move(value, device) for value, device in zip(stored, devices, strict=True)), **named)
-
-        stored = [_move(value, torch.device("cpu")) for value in inputs]
-        return checkpoint(from_main_memory, *stored, use_reentrant=False)
+        with without_cast_cache():
+            if offload is None:
+                return checkpoint(forward, *inputs, use_reentrant=False, context_fn=_two_passes, **named)
+            with offload.of_inputs(inputs):
+                return checkpoint(forward, *inputs, use_reentrant=False, **named)
 
     return run
 
 
-def _move(value: Any, device: torch.device | None) -> Any:
-    """Tensors with a gradient go to the device; masks and tables, shared by all blocks, stay where they are."""
-    return value.to(device) if isinstance(value, Tensor) and value.requires_grad else value
+@contextmanager
+def without_cast_cache() -> Iterator[None]:
+    """Autocast keeps no converted weights meanwhile: of weights that are used once per pass, a second copy of them all.
+
+    Blocks use each weight once per pass, so that nothing is computed more often.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 # results that the second pass takes over
@@ -83,7 +92,7 @@ def keep(compute: Callable[[], Tensor]) -> Tensor:
 
     Only for use inside the `forward` of a `torch.autograd.Function`, and in the same order in both passes.
     """
-    entered = _here.now
+    entered = None if torch.compiler.is_compiling() else _here.now  # compiled blocks keep nothing
     return compute() if entered is None else entered.take(compute)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from library.log import DataError
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _BLOCK = "encoder.block.0.layer"
+EXACT_IN_FP16 = (".DenseReluDense.wo.weight",)
+"""What is held and multiplied in float32 where the rest is in float16: its results are too large for that."""
 
 
 def build_t5(shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
@@ -52,8 +56,16 @@ def build_t5(shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
 
 
 def _gated(dense: Any, hidden: Tensor) -> Tensor:
-    """The feed-forward layer; unlike the library's, it never casts activations to a storage type such as float8."""
-    out: Tensor = dense.wo(dense.dropout(dense.act(dense.wi_0(hidden)) * dense.wi_1(hidden)))
+    """The feed-forward layer; unlike the library's, it never casts activations to a storage type such as float8.
+
+    In float16 the second half is computed in float32, see `EXACT_IN_FP16`.
+    """
+    activated, gate = dense.act(dense.wi_0(hidden)), dense.wi_1(hidden)
+    exact = gate.dtype == torch.float16
+    if exact:
+        activated, gate = activated.float(), gate.float()
+    with torch.autocast(hidden.device.type, enabled=False) if exact else nullcontext():
+        out: Tensor = dense.wo(dense.dropout(activated * gate))
     return out
 
 

@@ -37,6 +37,11 @@ def last_stem(output_name: str | None) -> str:
     return output_name or "last"
 
 
+def best_stem(output_name: str | None) -> str:
+    """Name, without extension, of the model with the least validation loss."""
+    return f"{output_name}-best" if output_name else "best"
+
+
 def state_name(stem: str) -> str:
     """Name of the state folder that goes with a model of this stem."""
     return f"{stem}-state"
@@ -79,7 +84,9 @@ class Checkpoints:
     options: SaveOptions
     state_options: StateOptions
     save_model: Callable[[Path], None]
-    """Writes the weights to a path; called in the main process only."""
+    """Writes the weights to a path, and its companion; called in the main process only."""
+    companion: Callable[[Path], Path] | None = None
+    """Which further file goes with a model file; None: none does."""
     save_state: Callable[[Path], None]
     """Writes the state of the run to a folder; called in all processes."""
     extension: str = ".safetensors"
@@ -146,6 +153,12 @@ class Checkpoints:
                 code="E-SAVE",
             )
 
+    def save_as(self, state: RunState, stem: str) -> bool:
+        """Writes the model under a name of its own, without extension; whether it lies there now."""
+        self._save(state, stem, keep_state=False)
+        step, written = self._saved_here
+        return step == state.step and self.folder / f"{stem}{self.extension}" in written
+
     @property
     def folder(self) -> Path:
         """The output folder."""
@@ -185,10 +198,14 @@ class Checkpoints:
     def _write_model(self, path: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.save_model(path)
-        if not path.exists():
-            raise ResourceError("the file isn't there after saving", str(path), code="E-SAVE")
-        if path.suffix == ".safetensors":
-            files.header(path)
+        for written in self._with_companion(path):
+            if not written.exists():
+                raise ResourceError("the file isn't there after saving", str(written), code="E-SAVE")
+            if written.suffix == ".safetensors":
+                files.header(written)
+
+    def _with_companion(self, path: Path) -> list[Path]:
+        return [path] if self.companion is None else [path, self.companion(path)]
 
     def _refuse_nonfinite(self) -> None:
         name = first_nonfinite(self.weights())
@@ -220,9 +237,10 @@ class Checkpoints:
         self.written.append(path)
         if not self.ranks.is_main:
             return
-        logger.info("saved %s", path)
-        if self.upload is not None and (self.upload_states or not is_state):
-            self.upload(path, final=final)
+        for written in [path] if is_state else self._with_companion(path):
+            logger.info("saved %s", written)
+            if self.upload is not None and (self.upload_states or not is_state):
+                self.upload(written, final=final)
 
     def _remove_epoch(self, epoch: int, every: int) -> None:
         models, states = self.options.save_last_n_epochs, self.state_options.save_last_n_epochs_state
@@ -244,7 +262,7 @@ class Checkpoints:
     def _remove(self, model: int | None, state: int | None, stem: Callable[[int], str]) -> None:
         if not self.ranks.is_main:
             return
-        paths = [] if model is None else [self.folder / f"{stem(model)}{self.extension}"]
+        paths = [] if model is None else self._with_companion(self.folder / f"{stem(model)}{self.extension}")
         paths += [] if state is None else [self.folder / state_name(stem(state))]
         for path in paths:
             if not path.exists():

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from library.findings import error, of_error, warning
 from library.log import UserError
 from library.option_groups import (
+    EmaOptions,
     FluxFullOptions,
     HubOptions,
     LengthOptions,
     NetworkOptions,
     NoiseOptions,
-    OffloadOptions,
     OptimizerOptions,
     PrecisionOptions,
     SampleOptions,
@@ -26,6 +26,8 @@ from library.option_groups import (
 )
 from library.train import optimizers, schedules
 from library.train.idle import idle_options
+from library.train.processes import world_size
+from library.train.setups import storage_of
 from library.train.trackers import kinds_wanted, tracker_arguments
 from library.types import Finding
 
@@ -59,28 +61,36 @@ def _check_precision(options: Options) -> Iterator[Finding]:
     fp8 = precision.fp8_base or (network is not None and network.fp8_base_unet)
     if fp8 and mixed == "no":
         yield error("fp8 weights need a type to compute in", "--fp8_base", "give --mixed_precision bf16")
+    try:
+        storage_of(options)
+    except UserError as mistake:
+        yield of_error(mistake, "")
 
 
 def _check_optimizer(options: Options) -> Iterator[Finding]:
     optimizer, length = _group(options, OptimizerOptions), _group(options, LengthOptions)
     if optimizer is None or length is None:
         return
-    full, accumulates = _group(options, FluxFullOptions), length.gradient_accumulation_steps > 1
-    kind, once = optimizer.optimizer_type.lower(), "--gradient_accumulation_steps must be 1"
-    if optimizer.fused_backward_pass:
-        if kind != "adafactor":
-            hint = "give --optimizer_type Adafactor"
-            yield error("it works with --optimizer_type Adafactor only", "--fused_backward_pass", hint)
-        if accumulates:
-            yield error("it steps in each backward pass", "--fused_backward_pass", once)
-    if full is not None and full.blockwise_fused_optimizers:
-        option = "--blockwise_fused_optimizers"
-        if accumulates:
-            yield error("it steps in each backward pass", option, once)
-        if kind.endswith("schedulefree"):
-            yield error("schedule-free optimizers can't be split by blocks", option, "choose another optimizer")
-        if optimizer.fused_backward_pass:
-            yield error("both step in the backward pass", f"{option}, --fused_backward_pass", "choose one of the two")
+    full, kind = _group(options, FluxFullOptions), optimizer.optimizer_type.lower()
+    blockwise = full is not None and full.blockwise_fused_optimizers
+    in_backward = {"fused_backward_pass": optimizer.fused_backward_pass, "blockwise_fused_optimizers": blockwise}
+    for option in (f"--{name}" for name, given in in_backward.items() if given):
+        if length.gradient_accumulation_steps > 1:
+            yield error("it steps in each backward pass", option, "--gradient_accumulation_steps must be 1")
+        if options[PrecisionOptions].mixed_precision == "fp16":
+            yield error("gradients of fp16 are scaled until all are there", option, "give --mixed_precision bf16")
+    if blockwise and kind.endswith("schedulefree"):
+        what, option = "schedule-free optimizers can't be split by blocks", "--blockwise_fused_optimizers"
+        yield error(what, option, "choose another optimizer")
+    if all(in_backward.values()):
+        where = "--blockwise_fused_optimizers, --fused_backward_pass"
+        yield error("both step in the backward pass", where, "choose one of the two")
+    if optimizer.fused_backward_pass and options.has(NetworkOptions) and world_size() > 1:
+        what = "parts of a network may be left out in one process, for which the others would wait for ever"
+        yield error(what, "--fused_backward_pass", "leave it out: a network's gradients are small")
+    ema = _group(options, EmaOptions)
+    if ema is not None and ema.ema_decay is not None and kind.endswith("schedulefree"):
+        yield error("schedule-free optimizers average by themselves", "--ema_decay", "leave it out")
 
 
 def check_rates(options: Options) -> Iterator[Finding]:
@@ -98,6 +108,9 @@ def check_rates(options: Options) -> Iterator[Finding]:
     weight = torch.nn.Parameter(torch.zeros(2, 2))
     try:
         built = optimizers.create(optimizer, [{"params": [weight]}], schedule.lr_scheduler)
+        if optimizer.fused_backward_pass and not built.alone:
+            hint = "choose another optimizer, such as Adafactor or AdamW8bit"
+            yield error("this optimizer needs all gradients at once", "--fused_backward_pass", hint, code="E-FUSED")
         schedules.create(schedule, built.optimizer, total, built.schedule_override)
     except UserError as mistake:
         yield of_error(mistake, "")
@@ -171,10 +184,9 @@ def _check_network(options: Options) -> Iterator[Finding]:
     if length.max_train_epochs is None and (network.initial_step or 0) >= length.max_train_steps:
         what = f"the run would begin at step {network.initial_step} and ends at step {length.max_train_steps}"
         yield error(what, "--initial_step", "raise --max_train_steps, the number of steps in all")
-    offload = _group(options, OffloadOptions)
-    if network.split_mode and offload is not None and offload.cpu_offload_checkpointing:
-        where = "--split_mode, --cpu_offload_checkpointing"
-        yield error("they can't be used together", where, "choose one of the two")
+    if network.split_mode:
+        what = "half of the transformer is swapped, block by block, as with --blocks_to_swap"
+        yield warning(what, "--split_mode", "give --blocks_to_swap N instead")
 
 
 def _check_noise(options: Options) -> Iterator[Finding]:

@@ -147,5 +147,20 @@ RULES = (
         "caches on disk",
     ),
     Rule(("cache_posterior",), _set("cache_latents", "cache_latents_to_disk"), "--cache_latents"),
+    Rule(("validation_seed",), _set("validation_split", "dataset_config"), "--validation_split"),
+    Rule(("ema_on_cpu",), _set("ema_decay"), "--ema_decay"),
+    Rule(
+        ("checkpoint_every_n_blocks", "cpu_offload_checkpointing"),
+        _set("gradient_checkpointing"),
+        "--gradient_checkpointing",
+    ),
+    Rule(("dynamo_backend",), _set("torch_compile"), "--torch_compile"),
+    Rule(("xformers", "sdpa"), _is("attn_mode", None), "commands without --attn_mode"),
+    Rule(("split_mode",), _is("blocks_to_swap", None), "commands without --blocks_to_swap"),
+    Rule(
+        ("double_blocks_to_swap", "single_blocks_to_swap"),
+        _is("blocks_to_swap", None),
+        "commands without --blocks_to_swap",
+    ),
     Rule(("masked_loss_normalize",), _set("masked_loss", "alpha_mask", "dataset_config"), "--masked_loss"),
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from library import bands
 from library.randomness import Draws
-from library.types import Batch, Cond
+from library.types import Batch, Cond, Noised
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from library.methods.base import Method
     from library.objectives import Objective
     from library.train.state import RunState
-    from library.train.steppers import Stepper
+    from library.train.steppers import AnyStepper
 
 
 class Observer(Protocol):
@@ -45,7 +45,7 @@ class Run:
     """The text outputs of a batch, cached or live."""
     latents: Callable[[Batch], Tensor]
     """The latents of a batch, cached or live."""
-    stepper: Stepper
+    stepper: AnyStepper
     state: RunState
     observers: Sequence[Observer]
 
@@ -85,9 +85,19 @@ def batch_loss(run: Run, batch: Batch) -> BatchLoss:
     with run.accelerator.autocast():
         cond = run.cond(batch)
         noised = run.objective.noise(run.latents(batch), Draws(batch.draws, run.accelerator.device))
-        prediction = run.family.predict(run.denoiser, noised.input, noised.timesteps, cond)
-        noised = run.method.target(noised, batch, cond)
-    losses = run.objective.loss(prediction.float(), noised, batch.mask)
-    return BatchLoss(
-        share=(losses * batch.loss_weights).sum(), bands=bands.sums(losses, noised.timesteps, batch.loss_weights)
-    )
+    losses, weights = sample_losses(run, batch, noised, cond), batch.loss_weights
+    return BatchLoss(share=(losses * weights).sum(), bands=bands.sums(losses, noised.timesteps, weights))
+
+
+def sample_losses(run: Run, batch: Batch, noised: Noised, cond: Cond) -> Tensor:
+    """(B,): how wrong the denoiser is about each sample of a batch."""
+    objective = run.objective
+
+    def predict(noised: Noised, cond: Cond) -> Tensor:
+        with run.accelerator.autocast():
+            prediction = run.family.predict(run.denoiser, noised.input, noised.timesteps, cond)
+        return prediction.float()
+
+    prediction = predict(noised, cond)
+    noised = run.method.target(noised, batch, cond, lambda part, of: objective.estimate(predict(part, of), part))
+    return objective.loss(prediction, noised, batch.mask)

@@ -74,6 +74,9 @@ ROWS: Mapping[str, Row] = {
 }
 """Optimizers by name (any case); others go by a name of torch.optim or a dotted path."""
 
+SIMPLE_PACKAGES = ("torch", "transformers", "bitsandbytes", "lion_pytorch")
+"""Packages whose optimizers treat each parameter alone."""
+
 KNOWN_RATE = 0.1
 """Rates up to here are meant for ordinary optimizers, not for those that find their own."""
 
@@ -98,6 +101,8 @@ class Built:
     schedule_override: str | None
     """The schedule that the optimizer insists on, see `library.train.schedules.create`."""
     warnings: list[str]
+    alone: bool
+    """Whether a parameter's update depends on no other parameter, so that each can be stepped alone."""
 
 
 def resolve(options: OptimizerOptions) -> Recipe:
@@ -153,10 +158,11 @@ def create(
         raise UserError(
             str(error), "--optimizer_type, --optimizer_args, --learning_rate", code="E-OPTIMIZER-ARGS"
         ) from error
-    train = getattr(optimizer, "train", None)
-    if callable(train):
-        train()
-    return Built(optimizer, _recorded_name(recipe), override, warnings)
+    getattr(optimizer, "train", lambda: None)()
+    alone = _steps_alone(recipe, lr)
+    if not alone and _holds(groups, "bfloat16"):
+        warnings.append("this optimizer rounds bf16 weights to the nearest, which loses small changes; others don't")
+    return Built(optimizer, _recorded_name(recipe), override, warnings, alone)
 
 
 def _name(options: OptimizerOptions) -> str:
@@ -236,6 +242,17 @@ def _settle_relative_step(arguments: dict[str, Any], options: OptimizerOptions, 
     return warnings
 
 
+def _steps_alone(recipe: Recipe, lr: float | None) -> bool:
+    """See `Built.alone`; optimizers of packages that aren't known are tried out."""
+    from library.train.updates import depends_on_no_other
+
+    if recipe.row.habit in (Habit.FINDS_RATE, Habit.NO_SCHEDULE) or recipe.optimizer_class.__name__ == "LBFGS":
+        return False
+    if recipe.optimizer_class.__module__.partition(".")[0] in SIMPLE_PACKAGES:
+        return True
+    return depends_on_no_other(recipe.optimizer_class, {**recipe.row.fixed, **recipe.arguments}, lr)
+
+
 def _drop_rates(groups: list[dict[str, Any]]) -> list[str]:
     given = [group.pop("lr") for group in groups if "lr" in group]
     return ["Adafactor sets its own pace (relative_step); learning rates of parts are ignored"] if given else []
@@ -251,10 +268,12 @@ def _fused(groups: list[dict[str, Any]], arguments: Mapping[str, Any]) -> dict[s
 
 def _wide_epsilon(groups: list[dict[str, Any]]) -> dict[str, Any]:
     """An epsilon that float16 can hold, where weights are kept in it: the usual 1e-8 is 0 there, and divides by it."""
-    import torch
+    return {"eps": 1e-4} if _holds(groups, "float16") else {}
 
-    halves = any(parameter.dtype == torch.float16 for group in groups for parameter in _parameters(group))
-    return {"eps": 1e-4} if halves else {}
+
+def _holds(groups: list[dict[str, Any]], dtype: str) -> bool:
+    """Whether any parameter is of the type of torch that has this name."""
+    return any(str(parameter.dtype) == f"torch.{dtype}" for group in groups for parameter in _parameters(group))
 
 
 def _parameters(group: dict[str, Any]) -> list[Any]:

@@ -45,6 +45,8 @@ HARMLESS = frozenset(
         *("save_every_n_steps", "save_every_n_epochs", "save_n_epoch_ratio", "save_last_n_steps", "save_last_n_epochs"),
         *("save_state", "save_state_on_train_end", "save_last_n_steps_state", "save_last_n_epochs_state"),
         *("max_data_loader_n_workers", "persistent_data_loader_workers"),
+        *("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"),
+        *("save_best", "early_stop_patience"),
     }
 )
 """Options that may change between two parts of a run without a word."""
@@ -60,6 +62,17 @@ class Stateful(Protocol):
         """Takes such a state."""
 
 
+class Average(Stateful, Protocol):
+    """A moving average of the trained weights."""
+
+    def restart(self) -> None:
+        """Begins anew with the weights of now."""
+
+
+AVERAGE = "ema"
+"""Stem of the average's files."""
+
+
 @dataclass(kw_only=True)
 class Parts:
     """What makes up the state of a run."""
@@ -71,6 +84,7 @@ class Parts:
     optimizers: Sequence[Stateful] = ()
     schedulers: Sequence[Stateful] = ()
     scaler: Stateful | None = None
+    average: Average | None = None
     accumulation: int = 1
     """Micro-batches per optimizer step."""
     ranks: Ranks = field(default_factory=Ranks)
@@ -79,7 +93,8 @@ class Parts:
         """The parts with a state dict, by the stem of their file."""
         named = {_numbered("optimizer", index): part for index, part in enumerate(self.optimizers)}
         named |= {_numbered("scheduler", index): part for index, part in enumerate(self.schedulers)}
-        return named if self.scaler is None else named | {"scaler": self.scaler}
+        extra = {"scaler": self.scaler, AVERAGE: self.average}
+        return named | {stem: part for stem, part in extra.items() if part is not None}
 
 
 def save_state(folder: Path, parts: Parts) -> None:
@@ -125,6 +140,9 @@ def load_state(folder: Path, parts: Parts) -> None:
         with files.LazyTensors(folder / "model.safetensors") as weights:
             parts.load_model(weights)
         for stem, part in parts.stateful().items():
+            if part is parts.average:
+                _load_average(folder, parts.average)
+                continue
             if not (folder / f"{stem}.json").exists():
                 raise UserError(
                     f"the state has no {stem}",
@@ -154,6 +172,15 @@ def load_state(folder: Path, parts: Parts) -> None:
         logger.info(
             "nothing left to do: the run ends at step %d and the state is of step %d", state.total_steps, state.step
         )
+
+
+def _load_average(folder: Path, average: Average) -> None:
+    """Takes the average of a state; one without begins it anew."""
+    if (folder / f"{AVERAGE}.json").exists():
+        average.load_state_dict(read_tree(folder, AVERAGE, torch.device("cpu")))
+    else:
+        logger.warning("the state has no moving average: it begins with the weights of the state")
+        average.restart()
 
 
 def check_state(folder: Path) -> dict[str, Any]:

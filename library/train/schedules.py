@@ -206,9 +206,28 @@ class ForeignSchedule:
             group["lr"] = lr
 
 
-def create(options: ScheduleOptions, optimizer: Optimizer, total_steps: int, override: str | None = None) -> Scheduler:
+class LossSchedule(ForeignSchedule):
+    """One that follows the validation loss, as torch's ReduceLROnPlateau does."""
+
+    def step(self) -> None:
+        """Does nothing: only a validation moves the rates."""
+
+    def measured(self, state: object, loss: float) -> None:
+        """Takes the loss of a validation; one that isn't finite counts as no gain, as the class has it."""
+        self.scheduler.step(loss)
+
+
+def create(
+    options: ScheduleOptions,
+    optimizer: Optimizer,
+    total_steps: int,
+    override: str | None = None,
+    *,
+    validates: bool = False,
+) -> Scheduler:
     """The scheduler that the options ask for; `override` is the schedule that the optimizer insists on, if any.
 
+    `validates` says whether a validation loss will be measured: then `LossSchedule.measured` must hear of it.
     Errors: UserError for an unknown name, and for options that contradict each other.
     """
     name = override or options.lr_scheduler
@@ -216,7 +235,7 @@ def create(options: ScheduleOptions, optimizer: Optimizer, total_steps: int, ove
         return FixedSchedule(optimizer)
     if options.lr_scheduler_type and override is None:
         _refuse_warmup(options.lr_warmup_steps, "--lr_scheduler_type", "leave --lr_warmup_steps out")
-        return ForeignSchedule(_foreign(options, optimizer))
+        return _foreign(options, optimizer, validates)
     if name.startswith("adafactor"):
         return _adafactor(name, options, optimizer)
     if name not in SHAPES:
@@ -260,18 +279,20 @@ def is_foreign(options: ScheduleOptions) -> bool:
     return "." in options.lr_scheduler_type and not options.lr_scheduler_type.startswith("torch.optim.lr_scheduler.")
 
 
-def _foreign(options: ScheduleOptions, optimizer: Optimizer) -> Any:
+def _foreign(options: ScheduleOptions, optimizer: Optimizer, validates: bool) -> ForeignSchedule:
     scheduler_class = load_class(options.lr_scheduler_type, "torch.optim.lr_scheduler", "--lr_scheduler_type")
     arguments = literal_arguments(options.lr_scheduler_args, "--lr_scheduler_args")
-    if scheduler_class.__name__ == "ReduceLROnPlateau":
+    follows_loss = scheduler_class.__name__ == "ReduceLROnPlateau"
+    if follows_loss and not validates:
         raise UserError(
             "this schedule follows a validation loss, which isn't measured",
             "--lr_scheduler_type ReduceLROnPlateau",
-            "choose another schedule",
+            "give --validation_split, or choose another schedule",
             code="E-LR-NAME",
         )
     try:
-        return scheduler_class(optimizer, **arguments)
+        scheduler = scheduler_class(optimizer, **arguments)
+        return LossSchedule(scheduler) if follows_loss else ForeignSchedule(scheduler)
     except (TypeError, ValueError) as error:
         raise UserError(str(error), "--lr_scheduler_type, --lr_scheduler_args", code="E-LR-ARGS") from error
 

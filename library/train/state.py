@@ -238,6 +238,10 @@ class RunState:
     """Fingerprint of the dataset."""
     options: Mapping[str, str] = field(default_factory=dict)
     """Options of the run as text, without secrets."""
+    ended: bool = False
+    """Whether the run is over before its last step, since nothing improves any more; not saved."""
+    remembered: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What observers must not forget, by their name; finite numbers."""
     requests: Requests = Requests()
     """What was asked for since the last step; not saved."""
     readings: list[Reading] = field(default_factory=list)
@@ -261,8 +265,8 @@ class RunState:
 
     @property
     def complete(self) -> bool:
-        """Whether the run has made all its steps."""
-        return self.step >= self.total_steps
+        """Whether the run has made all its steps, or needs no more."""
+        return self.ended or self.step >= self.total_steps
 
     @property
     def epochs_done(self) -> int:
@@ -345,6 +349,7 @@ class RunState:
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
             "dataset": self.dataset,
             "options": dict(self.options),
+            "remembered": {name: dict(values) for name, values in self.remembered.items()},
             "loss": self.loss.state_dict(),
         }
 
@@ -354,4 +359,5 @@ class RunState:
         self.seed = int(state["seed"])
         self.last_saved = int(state["last_saved"])
         self.nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
+        self.remembered = {name: dict(values) for name, values in state.get("remembered", {}).items()}
         self.loss.load_state_dict(state["loss"])

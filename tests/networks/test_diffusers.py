@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from library import files
 from library.models.flux import Flux, FluxConfig
 from library.models.keymaps import Mapped, flux_names, flux_to_diffusers
-from networks.base import Network
+from networks.base import ModuleAdapter, Network
 from networks.lora_flux import create_network, create_network_from_weights
 from tests.networks import tiny_models
 
@@ -58,12 +58,21 @@ def their_answer(theirs: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     )[0]
 
 
-def trained(model: Flux, clip: nn.Module) -> Network:
+SPLIT = pytest.mark.parametrize("split", ["False", "True"])
+
+
+def fill(adapter: ModuleAdapter, std: float = 1.0) -> None:
+    for name, parameter in adapter.named_parameters():
+        if "lora_up" in name:
+            nn.init.normal_(parameter, std=std)
+
+
+def trained(model: Flux, clip: nn.Module, split: str) -> Network:
     torch.manual_seed(5)
-    network = create_network(1.0, 4, 2.0, None, [clip, None], model)
+    network = create_network(1.0, 4, 2.0, None, [clip, None], model, split_qkv=split)
     for adapter in network.created:
         if not FIXED_WIDTH.fullmatch(adapter.name):
-            nn.init.normal_(adapter.lora_up.weight, std=0.2)  # type: ignore[union-attr, arg-type]
+            fill(adapter, 0.2)
     network.apply_to()
     return network
 
@@ -72,8 +81,9 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
+@SPLIT
 @pytest.mark.filterwarnings("ignore")
-def test_diffusers_gives_the_same_answers(tmp_path: Path) -> None:
+def test_diffusers_gives_the_same_answers(tmp_path: Path, split: str) -> None:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
     model, clip = tiny_models.flux(CONFIG), tiny_models.clip_l()
@@ -83,7 +93,7 @@ def test_diffusers_gives_the_same_answers(tmp_path: Path) -> None:
     plain = model(**inputs)
     assert relative_error(their_answer(theirs, inputs), plain) < 1e-4
 
-    network = trained(model, clip)
+    network = trained(model, clip, split)
     applied, applied_text = model(**inputs), clip(input_ids=ids).last_hidden_state
     assert relative_error(applied, plain) > 0.05
     path = tmp_path / "ours.safetensors"
@@ -109,24 +119,26 @@ def test_diffusers_gives_the_same_answers(tmp_path: Path) -> None:
     assert relative_error(model(**inputs), their_answer(theirs, inputs)) < 1e-4
 
 
-def test_diffusers_converts_every_module_of_the_full_size() -> None:
+@SPLIT
+def test_diffusers_converts_every_module_of_the_full_size(split: str) -> None:
     from diffusers import FluxPipeline
 
     config = FluxConfig(double_blocks=2, single_blocks=2)
     with torch.device("meta"):
         model = Flux(config)
     torch.manual_seed(6)
-    network = create_network(1.0, 2, 1.0, None, [None, None], model)
+    network = create_network(1.0, 2, 1.0, None, [None, None], model, split_qkv=split)
     network.apply_to()
     for adapter in network.adapters:
-        nn.init.normal_(adapter.lora_up.weight)  # type: ignore[union-attr, arg-type]
+        fill(adapter)
     converted = FluxPipeline.lora_state_dict(network.file_tensors())
     for path, theirs in flux_names(config.double_blocks, config.single_blocks).items():
         if not path.endswith(".weight") or not path.startswith(("double_blocks", "single_blocks")):
             continue
         ours = network.get_submodule("lora_unet_" + path.removesuffix(".weight").replace(".", "_"))
         x = torch.randn(ours.module.in_features)  # type: ignore[union-attr]
-        wanted = ours.scale * ours.lora_up.weight @ (ours.lora_down.weight @ x)  # type: ignore[union-attr, operator]
+        down, up = ours.pair()  # type: ignore[union-attr, operator]
+        wanted = ours.scale * up @ (down @ x)  # type: ignore[union-attr, operator]
         stems = ["transformer." + name.removesuffix(".weight") for name in theirs]
         parts = [
             converted.pop(f"{stem}.lora_B.weight") @ (converted.pop(f"{stem}.lora_A.weight") @ x) for stem in stems

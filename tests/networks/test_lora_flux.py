@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from library import files
 from library.log import DataError, UserError
 from library.models.flux import Flux, FluxConfig
-from networks import lora_flux, reading
+from networks import reading
 from networks.base import Network
 from networks.lora_flux import create_network, create_network_from_weights
 from tests.networks import tiny_models
@@ -36,18 +36,43 @@ def fill(made: Network) -> None:
         nn.init.normal_(adapter.lora_up.weight, std=0.1)  # type: ignore[union-attr, arg-type]
 
 
-def test_names_and_shapes_at_full_size_are_those_of_the_reference() -> None:
-    golden = json.loads((GOLDEN / "flux_lora_keys.json").read_text("utf-8"))["default_with_clip_l_and_t5xxl"]
+@pytest.fixture(scope="module")
+def full_size() -> tuple[Flux, nn.Module, nn.Module]:
     with torch.device("meta"):
-        model = Flux(FluxConfig())
-        clip = CLIPTextModel(CLIPTextConfig())
-        assert clip.config.hidden_size == 512
         clip = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
-        made = create_network(1.0, 4, 1, None, [clip, None], model)
+        t5 = T5EncoderModel(
+            T5Config(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, feed_forward_proj="gated-gelu")
+        )
+        return Flux(FluxConfig()), clip, t5
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"train_t5xxl": "true"}, {"split_qkv": "True"}, {"in_dims": "[4,4,4,4,4]"}],
+    ids=lambda arguments: "".join(arguments) or "default",
+)
+def test_names_and_shapes_at_full_size_are_those_of_the_reference(
+    full_size: tuple[Flux, nn.Module, nn.Module], arguments: dict[str, str]
+) -> None:
+    golden = json.loads((GOLDEN / "flux_lora_keys.json").read_text("utf-8"))
+    model, clip, t5 = full_size
+    with torch.device("meta"):
+        made = create_network(1.0, 4, 1, None, [clip, t5], model, **arguments)
         made.apply_to()
-    found = {name: list(tensor.shape) for name, tensor in made.state_dict().items()}
-    assert found == {name: shape for name, shape in golden.items() if not name.startswith("lora_te3")}
-    modules = json.loads((GOLDEN / "lora_modules_flux.json").read_text("utf-8"))["flux"]
+        found = {
+            f"{adapter.name}.{key}": list(tensor.shape)
+            for adapter in made.adapters
+            for key, tensor in adapter.file_tensors().items()
+        }
+    made.restore()
+    wanted = golden["default_with_clip_l_and_t5xxl"]
+    if "train_t5xxl" not in arguments:
+        wanted = {name: shape for name, shape in wanted.items() if not name.startswith("lora_te3")}
+    wanted |= golden["split_qkv_shapes_that_differ"] if "split_qkv" in arguments else {}
+    wanted |= golden["extra_keys_with_in_dims_4"] if "in_dims" in arguments else {}
+    assert found == wanted
+    lists = json.loads((GOLDEN / "lora_modules_flux.json").read_text("utf-8"))
+    modules = {**lists["flux"], **lists.get(f"flux,{next(iter(arguments), '')} adds", {})}
     assert sorted(adapter.name for adapter in made.adapters) == sorted(modules)
 
 
@@ -261,8 +286,7 @@ def test_norms_are_kept_below_the_maximum() -> None:
         ({"module_dropout": "1.5"}, "between 0 and 1"),
         ({"rank_dropout": "nan"}, "out of range"),
         ({"verbose": "maybe"}, "neither True nor False"),
-        ({"split_qkv": "True"}, "later release"),
-        ({"train_blocks": "single"}, "later release"),
+        ({"ggpo_sigma": "0.03", "ggpo_beta": "0.01"}, "later release"),
         ({"train_bloks": "single"}, "did you mean train_blocks"),
     ],
 )
@@ -278,12 +302,6 @@ def test_arguments_reach_the_adapters(caplog: pytest.LogCaptureFixture) -> None:
     assert "conv_dim has no effect" in caplog.text
     with pytest.raises(UserError, match="rank of 0"):
         create_network(1.0, 0, 1, None, [None, None], tiny_models.flux())
-
-
-def test_t5_gets_no_new_adapters() -> None:
-    made, _, _ = network(t5=tiny_models.t5())
-    assert {adapter.component for adapter in made.created} == {"textencoder 1", "unet"}
-    assert lora_flux.trained_encoders(("clip_l", "t5xxl"), {}) == ("clip_l",)
 
 
 def test_two_networks_lie_over_each_other() -> None:

@@ -64,7 +64,7 @@ def table(draw: random.Random, level: str, wildness: float) -> dict[str, object]
     """A table of a configuration; the wilder the less right."""
     result: dict[str, object] = {}
     for key in draw.sample(LEVELS[level], draw.randrange(8)):
-        if not key.later and key.name not in ("metadata_file", "conditioning_data_dir"):
+        if key.name not in ("metadata_file", "conditioning_data_dir"):
             result[key.name] = anything(draw) if draw.random() < wildness else likely(draw, key)
     while draw.random() < wildness:
         result[draw.choice((word(draw), draw.choice(NAMES)))] = anything(draw)

@@ -22,7 +22,7 @@ def items_of(settings: SubsetSettings, captions: list[str], dataset: int = 0) ->
 
 
 def report(settings: SubsetSettings, images: int, **counts: int):
-    zero = dict.fromkeys(("captioned", "from_class_tokens", "empty", "missing", "multi_line"), 0)
+    zero = dict.fromkeys(("captioned", "held_out", "from_class_tokens", "empty", "missing", "multi_line"), 0)
     return SimpleNamespace(settings=settings, dataset=0, images=images, **{**zero, **counts})
 
 

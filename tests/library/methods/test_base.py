@@ -50,6 +50,36 @@ def test_two_processes_get_the_mean(tmp_path: Path) -> None:
     mp.spawn(in_one_process, args=((tmp_path / "meet").as_uri(),), nprocs=2)
 
 
+def test_few_pieces_are_on_the_way_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    flying: list[int] = []
+    most = 0
+
+    class Work:
+        def wait(self) -> None:
+            flying.pop()
+
+    def all_reduce(flat: torch.Tensor, async_op: bool) -> Work:
+        nonlocal most
+        assert async_op
+        flat *= 2  # two processes with the same
+        flying.append(1)
+        most = max(most, len(flying))
+        return Work()
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(base, "BUCKET_ELEMENTS", 6)
+    made = [nn.Parameter(torch.zeros(shape)) for shape in [(3,), (3,), *[(2, 4)] * 9, (4, 2), (2,)]]
+    for index, parameter in enumerate(made):
+        parameter.grad = torch.arange(parameter.numel()).view(parameter.shape) + float(index)
+    made[5].grad = made[6].grad.clone().T.contiguous().T  # type: ignore[union-attr] # not contiguous
+    before = [parameter.grad.clone() for parameter in made if parameter.grad is not None]
+    average_gradients(made, 2)
+    assert (most, flying) == (base.BUCKETS_ON_THE_WAY, [])
+    for parameter, gradient in zip(made, before, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, gradient)
+
+
 def test_one_process_reduces_nothing() -> None:
     class Nothing(base.Method):
         def _refuse(self, *_: object) -> None:

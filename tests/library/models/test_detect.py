@@ -50,10 +50,7 @@ def test_flux_variants_and_layouts() -> None:
         (["oft_unet_x.oft_blocks"], "oft"),
         (["emb_params"], "textual_inversion"),
         (["clip_l", "clip_g"], "textual_inversion"),
-        (
-            ["double_blocks.0.img_attn.qkv.weight", "double_blocks.0.img_attn.qkv.scale_weight", "scaled_fp8"],
-            "scaled_fp8",
-        ),
+        (["double_blocks.0.img_attn.qkv.weight", "double_blocks.0.img_attn.qkv.weight_scale_2"], "scaled"),
         (["double_blocks.0.img_attn.qkv.weight.absmax"], "quantized"),
         (["distilled_guidance_layer.norms.0.scale", "double_blocks.0.img_attn.norm.key_norm.scale"], "chroma"),
         (["double_stream_modulation_img.lin.weight"], "flux2"),

@@ -12,6 +12,7 @@ from library.option_groups import OptimizerOptions
 from library.train import optimizers
 from library.train.optimizers import ROWS, create, effective_lrs, evaluating
 from library.train.schedules import SCHEDULE_FREE
+from library.train.updates import depends_on_no_other
 
 INSTALLED = [name for name, row in ROWS.items() if not row.path.startswith("bitsandbytes")]
 FINDS_RATE = [name for name, row in ROWS.items() if row.habit is optimizers.Habit.FINDS_RATE]
@@ -279,3 +280,20 @@ def test_evaluating_leaves_ordinary_optimizers_alone():
     built = build()
     with evaluating(built.optimizer):
         descend(built.optimizer)
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_which_optimizers_step_each_parameter_alone(name):
+    """What the table says is what trying out shows."""
+    built = build(optimizer_type=available(name), learning_rate=0.5)
+    row = ROWS[name]
+    arguments = {**row.fixed, **row.defaults}
+    lr = None if arguments.get("relative_step") else 0.5
+    assert built.alone is depends_on_no_other(type(built.optimizer), arguments, lr)
+
+
+def test_who_rounds_bfloat16_badly_is_said():
+    group = {"params": [torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))]}
+    pytest.importorskip("prodigyopt")
+    assert any("rounds" in warning for warning in build([group], optimizer_type="Prodigy", learning_rate=1.0).warnings)
+    assert build([group]).warnings == []

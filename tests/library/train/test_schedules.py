@@ -162,6 +162,25 @@ def test_optimizers_with_a_pace_of_their_own():
     assert preview(ScheduleOptions(), 10, 0.5, SCHEDULE_FREE) == "schedule-free: the optimizer sets its own pace"
 
 
+def test_a_schedule_that_follows_the_validation_loss():
+    options = ScheduleOptions(
+        lr_scheduler_type="ReduceLROnPlateau", lr_scheduler_args=("factor=0.5", "patience=1", "cooldown=0")
+    )
+    optimizer = optimizer_of(1.0)
+    scheduler = create(options, optimizer, 10, validates=True)
+    assert isinstance(scheduler, schedules.LossSchedule)
+    scheduler.step()
+    found = []
+    for loss in (3.0, 2.0, 2.0, 2.0, 1.0):
+        scheduler.measured(None, loss)
+        found += scheduler.last_lrs()
+    assert found == [1.0, 1.0, 1.0, 0.5, 0.5]
+    resumed = create(options, optimizer_of(1.0), 10, validates=True)
+    resumed.load_state_dict(scheduler.state_dict())
+    assert resumed.last_lrs() == [0.5]
+    assert resumed.scheduler.best == 1.0
+
+
 def test_previews():
     warm = ScheduleOptions(lr_scheduler="linear", lr_warmup_steps=0.1)
     assert preview(warm, 1000, 1e-4) == "linear: warm-up 100 steps, peak 1e-4, last 1.11e-7"

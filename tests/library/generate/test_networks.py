@@ -1,0 +1,78 @@
+"""Networks of all kinds in the inference script: applied and merged, told apart by their keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.families.flux import Flux, FluxFiles
+from library.generate.flux import Dtypes, LoraFile, Painter
+from networks import loha, lokr, lora_flux, oft_flux
+from networks.base import Network
+from tests import tiny
+
+TYPES = Dtypes(torch.float32, torch.float32, torch.float32, torch.float32)
+KINDS = {
+    "lora": lambda model: lora_flux.create_network(1.0, 2, 2.0, None, [None, None], model),
+    "dora": lambda model: lora_flux.create_network(1.0, 2, 2.0, None, [None, None], model, algo="dora"),
+    "loha": lambda model: loha.create_network(1.0, 2, 2.0, None, [None, None], model),
+    "lokr": lambda model: lokr.create_network(1.0, 2, 2.0, None, [None, None], model, factor="4"),
+    "oft": lambda model: oft_flux.create_network(1.0, 4, 1e-3, None, [None, None], model),
+}
+
+
+def network_file(kind: str, folder: Path, seed: int) -> tuple[Path, Network]:
+    network: Network = KINDS[kind](tiny.flux_model())
+    network.apply_to()
+    torch.manual_seed(seed)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.2)
+    path = folder / f"{kind}.safetensors"
+    network.save_weights(path, None, {})
+    network.restore()
+    return path, network
+
+
+def layer_of(model: Path, files: list[LoraFile], *, merge: bool = False) -> nn.Linear:
+    """A layer of the transformer as the inference script has it."""
+    family = Flux(FluxFiles(str(model), None, None, None))
+    painter = Painter(family, TYPES, torch.device("cpu"), loras=files, merge=merge)
+    layer = painter._part("flux").get_submodule("double_blocks.0.img_attn.qkv")
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def change_of(network: Network) -> Tensor:
+    return next(one for one in network.created if one.name.endswith("double_blocks_0_img_attn_qkv")).delta()
+
+
+@pytest.mark.parametrize("kinds", [*([kind] for kind in KINDS), ["oft", "loha"]], ids="-".join)
+def test_applied_and_merged_give_the_same(kinds: list[str], models: dict[str, Path], tmp_path: Path) -> None:
+    made = [network_file(kind, tmp_path, seed) for seed, kind in enumerate(kinds)]
+    files = [LoraFile(str(path), 0.5) for path, _ in made]
+    plain = layer_of(models["flux"], [])
+    x = torch.randn(5, plain.in_features, generator=torch.Generator().manual_seed(3))
+    before = plain(x)
+    change = torch.stack([change_of(network) for _, network in made]).sum(0)
+    expected = torch.nn.functional.linear(x, plain.weight + 0.5 * change, plain.bias)
+    assert not torch.allclose(before, expected, atol=5e-3)
+    torch.testing.assert_close(layer_of(models["flux"], files)(x), expected, rtol=1e-4, atol=1e-4)
+    if len(kinds) == 1:  # merged one after the other, each changes what the one before left
+        torch.testing.assert_close(layer_of(models["flux"], files, merge=True)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_strength_of_applied_networks_can_be_changed(models: dict[str, Path], tmp_path: Path) -> None:
+    path, network = network_file("oft", tmp_path, 1)
+    family = Flux(FluxFiles(str(models["flux"]), None, None, None))
+    painter = Painter(family, TYPES, torch.device("cpu"), loras=[LoraFile(str(path), 0.5)])
+    layer = painter._part("flux").get_submodule("double_blocks.0.img_attn.qkv")
+    assert isinstance(layer, nn.Linear)
+    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        layer(x)
+        painter.set_multipliers([1.0])
+        expected = torch.nn.functional.linear(x, layer.weight + change_of(network), layer.bias)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
