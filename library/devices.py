@@ -226,7 +226,7 @@ def _pinned(size: int, device: torch.device) -> torch.Tensor | None:
     if hasattr(mmap, "MADV_DONTFORK"):
         pages.madvise(mmap.MADV_DONTFORK)  # a page that two processes share would be moved away under the device
     memory = torch.frombuffer(pages, dtype=torch.uint8)
-    driver: Any = torch.cuda.cudart()
+    driver = _driver()
     with torch.cuda.device(device):
         if int(driver.cudaHostRegister(memory.data_ptr(), size, _PORTABLE)):
             with suppress(RuntimeError):  # the next launch reports the refusal
@@ -237,11 +237,15 @@ def _pinned(size: int, device: torch.device) -> torch.Tensor | None:
 
 
 def _unpin(process: int, address: int) -> None:
+    if process == os.getpid():
+        _driver().cudaHostUnregister(address)
+
+
+def _driver() -> Any:
     import torch
 
-    if process == os.getpid():
-        driver: Any = torch.cuda.cudart()
-        driver.cudaHostUnregister(address)
+    cuda: Any = torch.cuda
+    return cuda.cudart()
 
 
 def _available(backend: str) -> bool:
