@@ -282,7 +282,7 @@ class Adapter(Method):
         """Brings the network to the device, equal in all processes, and switches it to training."""
         self.network.to(accelerator.device)
         if accelerator.num_processes > 1:
-            broadcast(list(self.network.state_dict().values()))
+            broadcast(list(self.network.state_dict().values()), accelerator.device)
         self.train_mode(True)
 
     def train_mode(self, training: bool) -> None:
