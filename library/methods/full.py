@@ -72,7 +72,7 @@ class Full(Method):
     def prepare(self, accelerator: Any, models: Models) -> None:
         """Makes the denoiser equal in all processes and switches it to training; it is where it was loaded."""
         if accelerator.num_processes > 1:
-            broadcast(list(self.denoiser.parameters()))
+            broadcast(list(self.denoiser.parameters()), accelerator.device)
         self.train_mode(True)
 
     def train_mode(self, training: bool) -> None:
