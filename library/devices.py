@@ -47,6 +47,19 @@ def dtype_of(name: str, option: str = "") -> torch.dtype:
     return found
 
 
+def device_of(name: str | None, option: str = "") -> torch.device:
+    """The device that an option calls `name`, such as cuda or cuda:1; None: the CPU. Errors: UserError."""
+    import torch
+
+    try:
+        device = torch.device(name or "cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, AttributeError):
+        what = f"no device {name!r} here"
+        raise UserError(what, option, f"use cpu or {best_device().type}", code="E-DEVICE") from None
+    return device
+
+
 def best_device() -> torch.device:
     """The current accelerator, else the CPU."""
     import torch

@@ -245,32 +245,72 @@ def save_safetensors(
         ResourceError: disk full, no permission, or the file came out wrong.
     """
     path = Path(path)
-    names = {torch_name: name for name, torch_name in DTYPES.items()}
-    planned = tensors if like is None else like
-    dtypes = {name: names[str(tensor.dtype).removeprefix("torch.")] for name, tensor in planned.items()}
-    ranks = {dtype: rank for rank, dtype in enumerate(DTYPES)}
-    order = sorted(planned, key=lambda name: (ranks[dtypes[name]], name))
-    entries: dict[str, Any] = {}
-    if metadata:
-        entries["__metadata__"] = {str(key): str(value) for key, value in sorted(metadata.items())}
-    position = 0
-    for name in order:
-        end = position + planned[name].numel() * planned[name].element_size()
-        entries[name] = {"dtype": dtypes[name], "shape": list(planned[name].shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")
-    text += b" " * (-len(text) % 8)
-    head = struct.pack("<Q", len(text)) + text
-    _require_space(path, len(head) + position)
+    planned = planned_infos(tensors if like is None else like)
+    head = header_bytes(planned, dict(sorted((metadata or {}).items())))
+    size = len(head) + max((info.end for info in planned.values()), default=0)
+    _require_space(path, size)
     with atomic_write(path, sync=True) as temporary:
         with temporary.open("wb") as file:
             file.write(head)
-            for name in order:
-                file.write(_raw(tensors[name]))
-        _verify(temporary, path, head, len(head) + position)
+            for name in planned:
+                file.write(raw_bytes(tensors[name]))
+        _verify(temporary, path, head, size)
 
 
-def _raw(tensor: Tensor) -> memoryview:
+def planned_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    """What the header of a file with these tensors says of each, in the order of the format's own writer."""
+    names = {torch_name: name for name, torch_name in DTYPES.items()}
+    dtypes = {name: names[str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
+    planned, position = {}, 0
+    for name in writing_order(dtypes):
+        end = position + tensors[name].numel() * tensors[name].element_size()
+        planned[name] = TensorInfo(dtypes[name], tuple(tensors[name].shape), position, end)
+        position = end
+    return planned
+
+
+def writing_order(dtypes: Mapping[str, str]) -> list[str]:
+    """The names of tensors with these element types, in the order in which the format's own writer puts them."""
+    ranks = {dtype: rank for rank, dtype in enumerate(DTYPES)}
+    return sorted(dtypes, key=lambda name: (ranks.get(dtypes[name], len(ranks)), name))
+
+
+def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """The beginning of a file, up to the data: length and header."""
+    entries: dict[str, Any] = {}
+    if metadata:
+        entries["__metadata__"] = {str(key): str(value) for key, value in metadata.items()}
+    for name, info in tensors.items():
+        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [info.start, info.end]}
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def save_with_metadata(source: Path | str, path: Path | str, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file once more with other metadata; its data are copied byte by byte.
+
+    `path` may be `source` itself: either the whole new file or the old one is there, whatever happens.
+
+    Raises:
+        DataError: the source isn't safetensors, or damaged.
+        ResourceError: as `save_safetensors`.
+    """
+    source, path = Path(source), Path(path)
+    found = header(source)
+    head = header_bytes(found.tensors, dict(sorted(metadata.items())))
+    size = len(head) + source.stat().st_size - found.data_start
+    _require_space(path, size)
+    with atomic_write(path, sync=True) as temporary:
+        with _open(source) as old, temporary.open("wb") as new:
+            new.write(head)
+            old.seek(found.data_start)
+            shutil.copyfileobj(old, new, _CHUNK)
+        _verify(temporary, path, head, size)
+        shutil.copymode(source, temporary)
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, in row-major order."""
     import torch
 

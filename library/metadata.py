@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, tzinfo
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from library import files
 
@@ -369,38 +369,50 @@ def full_hash(path: Path | str) -> str:
 
 def network_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """`sshs_model_hash` (of the tensor data) and `sshs_legacy_hash` (of a window of the file with `ss_*` only)."""
+    planned = files.planned_infos(tensors)
+    return _hashes(planned, (files.raw_bytes(tensors[name]) for name in planned), metadata)
+
+
+def file_hashes(path: Path | str, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The `network_hashes` of a file with other metadata than it has; its tensors are not made, only their bytes read.
+
+    Errors: DataError when it isn't safetensors.
+    """
+    found = files.header(path)
+    planned, position = {}, 0
+    for name in files.writing_order({name: info.dtype for name, info in found.tensors.items()}):
+        info = found.tensors[name]
+        end = position + info.end - info.start
+        planned[name] = replace(info, start=position, end=end)
+        position = end
+    with Path(path).open("rb") as file:
+        starts = (found.data_start + found.tensors[name].start for name in planned)
+        sizes = (info.end - info.start for info in planned.values())
+        pieces = (piece for start, size in zip(starts, sizes, strict=True) for piece in _chunks(file, start, size))
+        return _hashes(planned, pieces, metadata)
+
+
+def _chunks(file: BinaryIO, start: int, size: int) -> Iterator[memoryview]:
+    file.seek(start)
+    while size > 0 and (piece := file.read(min(size, WINDOW_START))):
+        size -= len(piece)
+        yield memoryview(piece)
+
+
+def _hashes(
+    planned: Mapping[str, files.TensorInfo], pieces: Iterable[memoryview], metadata: Mapping[str, str]
+) -> dict[str, str]:
+    """Of a file with these tensors, whose data come in pieces."""
     data, window = hashlib.sha256(), hashlib.sha256()
     position = 0
-    kept = {name: value for name, value in metadata.items() if name.startswith("ss_")}
-    for number, piece in enumerate(_serialized(tensors, kept)):
+    head = files.header_bytes(planned, {name: value for name, value in metadata.items() if name.startswith("ss_")})
+    for number, piece in enumerate(chain([memoryview(head)], pieces)):
         if number:
             data.update(piece)
         start, end = max(WINDOW_START - position, 0), max(WINDOW_START + WINDOW_SIZE - position, 0)
         window.update(piece[start:end])
         position += len(piece)
     return {"sshs_model_hash": data.hexdigest(), "sshs_legacy_hash": window.hexdigest()[:8]}
-
-
-def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
-    """A safetensors file in pieces: the header, then each tensor, in the order in which `files` writes them."""
-    import torch
-
-    names = {torch_name: name for name, torch_name in files.DTYPES.items()}
-    kinds = {name: names[str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
-    ranks = {kind: rank for rank, kind in enumerate(files.DTYPES)}
-    order = sorted(tensors, key=lambda name: (ranks[kinds[name]], name))
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    position = 0
-    for name in order:
-        end = position + tensors[name].numel() * tensors[name].element_size()
-        header[name] = {"dtype": kinds[name], "shape": list(tensors[name].shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")
-    text += b" " * (-len(text) % 8)
-    yield memoryview(struct.pack("<Q", len(text)) + text)
-    for name in order:
-        flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
-        yield flat.view(torch.uint8).numpy().data
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
@@ -476,6 +488,27 @@ def build_modelspec(
         "encoder_layer": None if clip_skip is None else str(clip_skip),
     }
     return {f"modelspec.{name}": value for name, value in values.items() if value is not None}
+
+
+def sd_architecture(version: str, *, v_prediction: bool = False) -> str:
+    """`modelspec.architecture` of SD 1.x ("1"), SD 2.x ("2") and SDXL ("xl")."""
+    if version == "2":
+        return "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
+    return "stable-diffusion-xl-v1-base" if version == "xl" else "stable-diffusion-v1"
+
+
+STALE = ("modelspec.", "sshs_", "ss_", "epoch", "global_step")
+"""Beginnings of keys whose values don't hold for what is made of a file."""
+
+
+def lasting(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What is still true of something that is made of a file with this metadata."""
+    return {key: value for key, value in metadata.items() if not key.startswith(STALE)}
+
+
+def title_of(metadata: Mapping[str, str], path: Path | str) -> str:
+    """The title of a file, or else its name; without folders."""
+    return private(metadata.get("modelspec.title") or Path(path).stem)
 
 
 def _implementation(architecture: str, kind: str, single_file: bool) -> str:

@@ -855,6 +855,252 @@ class ShowMetadataOptions:
     """Metadata."""
 
     model: str = option(required=True, help="safetensors file")
+    filter: tuple[str, ...] | None = option(
+        example="ss_network_* modelspec.*", help="only keys that match one of these wildcards", some=True
+    )
+    verify: bool = option(False, help="only check that the hashes of a network file fit its weights and metadata")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditMetadataOptions:
+    """Editing; without --save_to or --overwrite the result is shown and nothing is written."""
+
+    strip: tuple[str, ...] | None = option(
+        choices=("paths", "folders", "captions", "models", "minimal", "all"),
+        some=True,
+        help="make it private: cut paths down to names, replace the names of dataset folders by numbers, leave out "
+        "tags and words of captions, leave out names and hashes of base models, leave out what --no_metadata would, "
+        "or everything",
+    )
+    remove: tuple[str, ...] | None = option(
+        example="ss_training_comment", help="leave out the keys that match these wildcards", some=True
+    )
+    set: tuple[str, ...] | None = option(
+        example='modelspec.title="My cat"', help="values to put in, as name=value", some=True
+    )
+    save_to: str | None = option(help="file for the result")
+    overwrite: bool = option(False, help="write the result in place, or over a --save_to that exists")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxMergeLoraOptions:
+    """Merging."""
+
+    flux_model: str | None = option(
+        path=True,
+        help="transformer of FLUX.1 to merge into, a file or a Diffusers folder; without any model the "
+        "networks are merged with each other",
+    )
+    clip_l: str | None = option(path=True, help="CLIP-L text encoder to merge into")
+    t5xxl: str | None = option(path=True, help="T5-XXL text encoder to merge into")
+    save_to: str | None = option(help="file for the merged transformer, or for the merged network")
+    clip_l_save_to: str | None = option(help="file for the merged CLIP-L")
+    t5xxl_save_to: str | None = option(help="file for the merged T5-XXL")
+    models: tuple[str, ...] | None = option(path=True, help="network files to merge")
+    ratios: tuple[float, ...] | None = option(help="strength of each network, in the order of --models")
+    concat: bool = option(
+        False,
+        help="merge networks with each other exactly: ranks add up; otherwise matrices of one rank are added, "
+        "which mixes them",
+    )
+    shuffle: bool = option(False, help="put the ranks of the merged network in random order")
+    diffusers: bool = option(
+        False, help="the networks have the names of Diffusers or AI-toolkit, which is found out without this, too"
+    )
+    precision: str = option("float", help="type to compute in")
+    save_precision: str | None = option(
+        help="type of the saved weights; as in the file they are of when not given", example="bf16, fp16, float or fp8"
+    )
+    mem_eff_load_save: bool = option(
+        False, help="accepted: models are always read, merged and written tensor by tensor"
+    )
+    loading_device: str = option("cpu", help="device that the networks are loaded to", example="cuda")
+    working_device: str = option("cpu", help="device that computes; cuda is much faster", example="cuda")
+    no_metadata: bool = option(False, help="don't write modelspec metadata; of a network only its kind, rank and alpha")
+    overwrite: bool = option(False, help="let the result replace one of the files it is made of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxExtractLoraOptions:
+    """Extraction."""
+
+    model_org: str = option(required=True, path=True, help="original transformer, a file or a Diffusers folder")
+    model_tuned: str = option(required=True, path=True, help="tuned transformer")
+    save_to: str = option(required=True, help="file for the LoRA")
+    dim: int = option(4, help="rank", least=1)
+    clamp_quantile: float = option(
+        0.99, help="cut matrix elements down to this quantile of their absolute values; 1 leaves them", least=0, most=1
+    )
+    exact: bool = option(False, help="compute all singular values instead of the largest ones, which takes long")
+    device: str | None = option(help="device that computes; the CPU when not given", example="cuda")
+    save_precision: str | None = option(
+        choices=(None, "float", "fp16", "bf16"), help="type of the saved weights; float when not given"
+    )
+    mem_eff_safe_open: bool = option(False, help="accepted: models are always read tensor by tensor")
+    no_metadata: bool = option(False, help="don't write modelspec metadata, only kind, rank and alpha")
+    overwrite: bool = option(False, help="let the result replace one of the files it is made of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertFluxLoraOptions:
+    """Conversion."""
+
+    src: str = option("ai-toolkit", help="layout of the file: ai-toolkit, which is that of Diffusers, or sd-scripts")
+    dst: str = option("sd-scripts", help="layout to convert to: sd-scripts or ai-toolkit")
+    src_path: str | None = option(path=True, help="LoRA to convert")
+    dst_path: str | None = option(help="file for the converted LoRA")
+    overwrite: bool = option(False, help="let the result replace the file it is made of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertDiffusersToFluxOptions:
+    """Conversion."""
+
+    diffusers_path: str = option(
+        required=True, path=True, help="Diffusers folder of FLUX.1, its folder transformer, a file or the first shard"
+    )
+    save_to: str = option(required=True, help="file to write")
+    save_precision: str | None = option(
+        help="type of the saved weights; as they are when not given", example="bf16, fp16, float or fp8"
+    )
+    mem_eff_load_save: bool = option(False, help="accepted: tensors are always read and written one by one")
+    overwrite: bool = option(False, help="let the result replace one of the files it is made of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeModelOptions:
+    """Merging into a model."""
+
+    sd_model: str | None = option(
+        path=True, help="checkpoint to merge into, one file; when not given the networks are merged with each other"
+    )
+    concat: bool = option(
+        False,
+        help="merge networks with each other exactly: ranks add up; otherwise matrices of one rank are added, "
+        "which mixes them",
+    )
+    shuffle: bool = option(False, help="put the ranks of the merged network in random order")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeNetworksOptions:
+    """Networks and result."""
+
+    models: tuple[str, ...] | None = option(path=True, help="network files to merge")
+    ratios: tuple[float, ...] | None = option(
+        help="strength of each network, in the order of --models; 1 for all when not given", example="0.7 -0.3"
+    )
+    lbws: tuple[str, ...] | None = option(
+        help="for each network a list of numbers by which its blocks count, 12 or 20 for SDXL, 17 or 26 for SD 1.x and "
+        "2.x",
+        example='"[1,1,1,1,1,1,0,0,0,0,0,0]"',
+    )
+    save_to: str | None = option(help="file for the result")
+    precision: str = option("float", choices=("float", "fp16", "bf16"), help="type to compute in")
+    save_precision: str | None = option(
+        choices=(None, "float", "fp16", "bf16"),
+        help="type of the saved weights; as in the model, or the first network, when not given",
+    )
+    device: str | None = option(help="device that computes; the CPU when not given", example="cuda")
+    no_metadata: bool = option(False, help="don't write modelspec metadata; of a network only its kind, rank and alpha")
+    overwrite: bool = option(False, help="let the result replace one of the files it is made of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeVersionOptions:
+    """Version."""
+
+    v2: bool = option(False, help="the networks are for SD 2.x, where neither they nor a model say it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SvdMergeOptions:
+    """Rank of the result."""
+
+    new_rank: int = option(4, help="rank of the result", least=1)
+    new_conv_rank: int | None = option(
+        help="its rank on convolutions with kernels larger than 1; --new_rank when not given", least=1
+    )
+    clamp_quantile: float = option(
+        0.99, help="cut matrix elements down to this quantile of their absolute values; 1 leaves them", least=0, most=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckLoraWeightsOptions:
+    """Statistics."""
+
+    file: str = option(required=True, position=0, help="network file")
+    show_all_keys: bool = option(False, short="-s", help="show all tensors, not only the matrices")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraInterrogatorOptions:
+    """Interrogation."""
+
+    sd_model: str | None = option(path=True, help="checkpoint of SD 1.x or 2.x, a file or a Diffusers folder")
+    model: str | None = option(path=True, help="network file with adapters of the text encoder")
+    v2: bool = option(False, help="the model is Stable Diffusion 2.x")
+    batch_size: int = option(16, help="tokens encoded at once", least=1)
+    clip_skip: int | None = option(
+        help="compare this layer of the text encoder, counted from the end (1 is the last)", least=1
+    )
+    top: int = option(100, help="number of tokens that are shown", least=1)
+    device: str | None = option(help="device that computes; the CPU when not given", example="cuda")
+    tokenizer_cache_dir: str | None = option(
+        path=True,
+        help="folder with tokenizers, each in a sub-folder named like its hub repository with / replaced by _",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeModelsOptions:
+    """Merging."""
+
+    models: tuple[str, ...] | None = option(path=True, some=True, help="checkpoints to merge, one file each")
+    ratios: tuple[float, ...] | None = option(
+        some=True, help="weight of each model, in the order of --models; equal ones when not given", example="0.7 0.3"
+    )
+    output: str | None = option(help="file for the result; .safetensors may be left out")
+    unet_only: bool = option(False, help="merge the U-Net, and take everything else from the first model")
+    precision: str = option("float", choices=("float", "fp16", "bf16"), help="type to compute in")
+    saving_precision: str = option("float", choices=("float", "fp16", "bf16"), help="type of the saved weights")
+    device: str = option("cpu", help="device that computes", example="cuda")
+    show_skipped: bool = option(False, help="list the tensors that only some of the models have")
+    no_metadata: bool = option(False, help="don't write modelspec metadata")
+    overwrite: bool = option(False, help="let the result replace one of the files it is made of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertDiffusersSdOptions:
+    """Conversion."""
+
+    model_to_load: str = option(
+        required=True, position=0, help="checkpoint of SD 1.x, 2.x or SDXL, a file or a Diffusers folder"
+    )
+    model_to_save: str = option(
+        required=True, position=1, help="file (.safetensors, .ckpt) or Diffusers folder to write, told by the suffix"
+    )
+    v1: bool = option(False, help="the model must be SD 1.x; the version is found out without this, too")
+    v2: bool = option(False, help="the model must be SD 2.x")
+    fp16: bool = option(False, help="save in float16")
+    bf16: bool = option(False, help="save in bfloat16")
+    float: bool = option(False, help="save in float32")
+    save_precision_as: str = option(
+        "no", choices=("fp16", "bf16", "float"), help="save in this type; as it is when not given"
+    )
+    epoch: int = option(0, help="epoch written into a .ckpt file", least=0)
+    global_step: int = option(0, help="step written into a .ckpt file", least=0)
+    metadata: str | None = option(
+        help="values for the metadata of a .safetensors file, as JSON", example='\'{"modelspec.title": "My cat"}\''
+    )
+    variant: str | None = option(help="read this variant of the weights in a Diffusers folder", example="fp16")
+    reference_model: str | None = option(
+        path=True, help="Diffusers folder that the scheduler and the tokenizers of a written folder are taken from"
+    )
+    use_safetensors: bool = option(False, help="write a Diffusers folder with safetensors files")
+    unet_use_linear_projection: bool = option(False, help="how the U-Net of SD 2.x is built, which its weights tell")
+    overwrite: bool = option(False, help="let the result replace what is there")
 
 
 # which options are not used where
@@ -887,6 +1133,75 @@ _FLUX_IGNORED = {
     "ddp_gradient_as_bucket_view": "gradients are averaged without DistributedDataParallel",
     "ddp_static_graph": "gradients are averaged without DistributedDataParallel",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeLoraOptions:
+    """Resizing."""
+
+    model: str | None = option(path=True, help="LoRA to resize")
+    save_to: str | None = option(help="file for the result")
+    new_rank: int = option(4, help="new rank; with --dynamic_method the largest one", least=1)
+    new_conv_rank: int | None = option(help="the same for kernels larger than 1x1; --new_rank when not given", least=1)
+    dynamic_method: str | None = option(
+        choices=(None, "sv_ratio", "sv_fro", "sv_cumulative"),
+        help="choose the rank of each module by its singular values: by the largest over the smallest kept one, by the "
+        "kept part of the norm, or by the kept part of the sum",
+    )
+    dynamic_param: float | None = option(
+        help="for --dynamic_method: a ratio above 1, or a part between 0 and 1", example="0.9"
+    )
+    save_precision: str | None = option(
+        choices=(None, "float", "fp16", "bf16"), help="type of the saved weights; that of the file when not given"
+    )
+    device: str | None = option(help="device that computes; the CPU when not given", example="cuda")
+    verbose: bool = option(False, help="say what is kept of each module")
+    overwrite: bool = option(False, help="let the result replace the file it is made of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractLoraOptions:
+    """Extraction."""
+
+    model_org: str = option(required=True, path=True, help="original model, a file or a Diffusers folder")
+    model_tuned: str = option(required=True, path=True, help="tuned model")
+    save_to: str = option(required=True, help="file for the LoRA")
+    dim: int = option(4, help="rank", least=1)
+    conv_dim: int | None = option(
+        help="rank of kernels larger than 1x1; with it the layers around attention are taken, too", least=1
+    )
+    min_diff: float = option(0.01, help="leave out text encoders in which no value differs by more than this", least=0)
+    clamp_quantile: float = option(
+        0.99, help="cut matrix elements down to this quantile of their absolute values; 1 leaves them", least=0, most=1
+    )
+    exact: bool = option(False, help="compute all singular values instead of the largest ones, which takes long")
+    device: str | None = option(help="device that computes; the CPU when not given", example="cuda")
+    load_precision: str | None = option(
+        choices=(None, "float", "fp16", "bf16"), help="round both models to this type first; as they are when not given"
+    )
+    save_precision: str | None = option(
+        choices=(None, "float", "fp16", "bf16"), help="type of the saved weights; float when not given"
+    )
+    load_original_model_to: str | None = option(help="device for the original model")
+    load_tuned_model_to: str | None = option(help="device for the tuned model")
+    v2: bool = option(False, help="the models are SD 2.x, which is found out without this, too")
+    sdxl: bool = option(False, help="the models are SDXL, which is found out without this, too")
+    v_parameterization: bool | None = option(
+        help="the models predict velocity; written into the metadata, and known of files that say so themselves"
+    )
+    no_metadata: bool = option(False, help="don't write modelspec metadata, only kind, rank and alpha")
+    overwrite: bool = option(False, help="let the result replace one of the files it is made of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractDyloraOptions:
+    """Extraction."""
+
+    model: str | None = option(path=True, help="DyLoRA file")
+    save_to: str | None = option(help="file for the results; their ranks are added to the name")
+    unit: int | None = option(help="rank of the first result, and by which the others differ", least=1)
+    overwrite: bool = option(False, help="let a result replace the file it is made of")
+
 
 _CONSOLE = (ConsoleOptions, ConfigFileOptions)
 _DATASET = (ModelOptions, LegacySDOptions, DatasetOptions, CaptionOptions, CacheOptions, TextCacheOptions, FluxOptions)
@@ -999,12 +1314,234 @@ CACHE_TEXT_ENCODER_OUTPUTS = Script(
 
 SHOW_METADATA = Script(
     name="tools/show_metadata.py",
-    summary="Prints the metadata of a safetensors file.",
-    groups=(ShowMetadataOptions,),
+    summary="Shows, filters, sets and strips the metadata of a safetensors file.",
+    groups=(ShowMetadataOptions, EditMetadataOptions),
+)
+
+FLUX_MERGE_LORA = Script(
+    name="networks/flux_merge_lora.py",
+    summary="Merges LoRAs and other networks into FLUX.1 and its text encoders, or with each other.",
+    groups=(FluxMergeLoraOptions,),
+    ignored={"precision": "everything is computed in float32"},
+)
+
+FLUX_EXTRACT_LORA = Script(
+    name="networks/flux_extract_lora.py",
+    summary="Makes a LoRA of the difference between two FLUX.1 transformers.",
+    groups=(FluxExtractLoraOptions,),
+)
+
+CONVERT_FLUX_LORA = Script(
+    name="networks/convert_flux_lora.py",
+    summary="Converts a LoRA for FLUX.1 between the layouts of sd-scripts and of AI-toolkit or Diffusers.",
+    groups=(ConvertFluxLoraOptions,),
+)
+
+CONVERT_DIFFUSERS_TO_FLUX = Script(
+    name="tools/convert_diffusers_to_flux.py",
+    summary="Converts a FLUX.1 transformer from the layout of Diffusers to the file of its authors.",
+    groups=(ConvertDiffusersToFluxOptions,),
+)
+
+_IN_FLOAT32 = {"precision": "everything is computed in float32"}
+
+MERGE_LORA = Script(
+    name="networks/merge_lora.py",
+    summary="Merges LoRAs and other networks into an SD 1.x or 2.x checkpoint, or LoRAs with each other.",
+    groups=(MergeModelOptions, MergeNetworksOptions, MergeVersionOptions),
+    ignored=_IN_FLOAT32,
+)
+
+SDXL_MERGE_LORA = Script(
+    name="networks/sdxl_merge_lora.py",
+    summary="Merges LoRAs and other networks into an SDXL checkpoint, or LoRAs with each other.",
+    groups=(MergeModelOptions, MergeNetworksOptions),
+    ignored=_IN_FLOAT32,
+)
+
+MERGE_LORA_OLD = Script(
+    name="networks/merge_lora_old.py",
+    summary="An old name of merge_lora.py.",
+    groups=(MergeModelOptions, MergeNetworksOptions, MergeVersionOptions),
+    ignored=_IN_FLOAT32,
+)
+
+SVD_MERGE_LORA = Script(
+    name="networks/svd_merge_lora.py",
+    summary="Merges LoRAs with each other into one of a given rank.",
+    groups=(MergeNetworksOptions, SvdMergeOptions),
+    ignored=_IN_FLOAT32,
+)
+
+CHECK_LORA_WEIGHTS = Script(
+    name="networks/check_lora_weights.py",
+    summary="Prints statistics of the weights of a network.",
+    groups=(CheckLoraWeightsOptions,),
+)
+
+LORA_INTERROGATOR = Script(
+    name="networks/lora_interrogator.py",
+    summary="Finds the tokens that a network changes most.",
+    groups=(LoraInterrogatorOptions,),
+)
+
+MERGE_MODELS = Script(
+    name="tools/merge_models.py",
+    summary="Makes the weighted sum of checkpoints.",
+    groups=(MergeModelsOptions,),
+    ignored=_IN_FLOAT32,
+)
+
+CONVERT_DIFFUSERS20_ORIGINAL_SD = Script(
+    name="tools/convert_diffusers20_original_sd.py",
+    summary="Converts SD 1.x, 2.x and SDXL checkpoints between single files and Diffusers folders.",
+    groups=(ConvertDiffusersSdOptions,),
+    ignored={
+        "unet_use_linear_projection": "the weights tell it",
+        "use_safetensors": "folders are always written with safetensors files",
+    },
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertLoraOptions:
+    """Conversion."""
+
+    model: str = option(required=True, path=True, help="adapter to convert, safetensors; its layout is recognised")
+    save_to: str = option(required=True, help="file to write, .safetensors")
+    to: str = option(
+        required=True,
+        choices=("kohya", "comfyui", "lycoris", "diffusers", "ai-toolkit"),
+        help="layout to write: that of sd-scripts (kohya), ComfyUI, LyCORIS, Diffusers and PEFT, or AI-toolkit",
+    )
+    source_layout: str | None = option(
+        choices=(None, "kohya", "comfyui", "lycoris", "diffusers", "ai-toolkit"),
+        help="layout of the file, where several fit",
+    )
+    family: str | None = option(
+        choices=(None, "flux", "sdxl", "sd1", "sd2"), help="what the adapter is for, where its names don't tell"
+    )
+    verify: bool = option(
+        False, help="read the written file, and show the largest error of the changes that it makes to weights"
+    )
+    overwrite: bool = option(False, help="write over the file that is read")
+
+
+CONVERT_LORA = Script(
+    name="networks/convert_lora.py",
+    summary="Converts LoRAs and other adapters between the layouts of programs, without loss.",
+    groups=(ConvertLoraOptions,),
+)
+
+RESIZE_LORA = Script(
+    name="networks/resize_lora.py",
+    summary="Gives a LoRA another rank, fixed or chosen for each module.",
+    groups=(ResizeLoraOptions,),
+)
+
+_TENSOR_BY_TENSOR = "models are read tensor by tensor, and --device computes"
+EXTRACT_LORA_FROM_MODELS = Script(
+    name="networks/extract_lora_from_models.py",
+    summary="Makes a LoRA of the difference between two SD or SDXL models.",
+    groups=(ExtractLoraOptions,),
+    ignored={"load_original_model_to": _TENSOR_BY_TENSOR, "load_tuned_model_to": _TENSOR_BY_TENSOR},
+)
+
+EXTRACT_LORA_FROM_DYLORA = Script(
+    name="networks/extract_lora_from_dylora.py",
+    summary="Makes LoRAs of smaller ranks of a DyLoRA.",
+    groups=(ExtractDyloraOptions,),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CannyOptions:
+    """Edges."""
+
+    input: str | None = option(path=True, help="picture to read; needed")
+    output: str | None = option(help="picture to write; needed")
+    thres1: int = option(32, help="weakest change of grey that continues an edge", least=0)
+    thres2: int = option(224, help="weakest change of grey that begins an edge", least=0)
+    overwrite: bool = option(False, help="write over the picture that is read")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeImagesOptions:
+    """Resizing."""
+
+    src_img_folder: str = option(required=True, path=True, position=0, help="folder of pictures")
+    dst_img_folder: str = option(required=True, position=1, help="folder for the copies")
+    max_resolution: str = option(
+        "512x512,384x384,256x256,128x128", help="sizes, each of which says how many pixels a copy may have at most"
+    )
+    divisible_by: int = option(1, help="cut copies at their borders until both sides are multiples of this", least=1)
+    interpolation: str = option("area", choices=("area", "cubic", "lanczos4"), help="how pixels are made of others")
+    save_as_png: bool = option(False, help="write PNG, with transparency, instead of JPEG")
+    copy_associated_files: bool = option(
+        False, help="copy files that are called like a picture once for each of its copies, under their names"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaceOptions:
+    """Faces."""
+
+    src_dir: str | None = option(path=True, help="folder of pictures; needed")
+    dst_dir: str | None = option(help="folder for the results; needed")
+    rotate: bool = option(False, help="turn pictures so that the eyes are level")
+    resize_fit: bool = option(False, help="resize pictures so that --crop_size just fits into them")
+    resize_face_size: int | None = option(help="resize pictures so that the face has this size", least=1)
+    crop_size: str | None = option(help="cut out a window of this width and height around the face", example="512,512")
+    crop_ratio: str | None = option(help="the same in multiples of the face's size", example="2.5,3")
+    min_size: int | None = option(help="smallest face, by its longer side", least=1)
+    max_size: int | None = option(help="faces of this size or more are left out", least=1)
+    multiple_faces: bool = option(False, help="write all faces of a picture, not only the largest")
+    debug: bool = option(False, help="draw a frame around the face")
+    face_model: str | None = option(
+        path=True, help="YuNet's ONNX file, to find faces in photos; drawn ones are found by anime-face-detector"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentUpscalerOptions:
+    """Upscaling."""
+
+    vae_path: str | None = option(path=True, help="autoencoder of SD, a file or a folder; needed")
+    weights: str | None = option(path=True, help="weights of the upscaler; needed")
+    image_pattern: str | None = option(help="pictures, as a pattern in quotes; needed", example='"images/*.png"')
+    output_dir: str = option(".", help="folder for the results")
+    batch_size: int = option(4, help="latents refined at once", least=1)
+    vae_batch_size: int = option(1, help="pictures encoded at once", least=1)
+    debug: bool = option(False, help="also write the pictures as they were enlarged before")
+
+
+CANNY = Script(name="tools/canny.py", summary="Draws the edges of a picture.", groups=(CannyOptions,))
+
+RESIZE_IMAGES = Script(
+    name="tools/resize_images_to_resolution.py",
+    summary="Copies the pictures of a folder with fewer pixels.",
+    groups=(ResizeImagesOptions,),
+)
+
+DETECT_FACE_ROTATE = Script(
+    name="tools/detect_face_rotate.py",
+    summary="Cuts faces out of pictures, turned upright.",
+    groups=(FaceOptions,),
+)
+
+LATENT_UPSCALER = Script(
+    name="tools/latent_upscaler.py",
+    summary="Enlarges pictures by refining their latents.",
+    groups=(LatentUpscalerOptions,),
 )
 
 SCRIPTS = (
     *(FLUX_TRAIN_NETWORK, FLUX_TRAIN, FLUX_MINIMAL_INFERENCE, CACHE_LATENTS, CACHE_TEXT_ENCODER_OUTPUTS, SHOW_METADATA),
+    *(FLUX_MERGE_LORA, FLUX_EXTRACT_LORA, CONVERT_FLUX_LORA, CONVERT_DIFFUSERS_TO_FLUX),
+    *(MERGE_LORA, SDXL_MERGE_LORA, MERGE_LORA_OLD, SVD_MERGE_LORA, CHECK_LORA_WEIGHTS, LORA_INTERROGATOR),
+    *(MERGE_MODELS, CONVERT_DIFFUSERS20_ORIGINAL_SD),
+    *(CONVERT_LORA, CANNY, RESIZE_IMAGES, DETECT_FACE_ROTATE, LATENT_UPSCALER),
+    *(RESIZE_LORA, EXTRACT_LORA_FROM_MODELS, EXTRACT_LORA_FROM_DYLORA),
 )
 
 # image generation with SDXL

@@ -23,13 +23,17 @@ def option(
     example: str | None = None,
     least: float | None = None,
     most: float | None = None,
+    position: int | None = None,
+    short: str | None = None,
+    some: bool = False,
 ) -> Any:
     """A field of an option group: the field's name is the flag, its annotation the type.
 
     `bool` makes a flag without value, `tuple[X, ...]` one that takes any number of values, `int | float` a number of
     steps or a share of the run. `path` marks files and folders that are read: in a config file they may be relative to
     its folder. `secret` names the environment variable that may hold the value; it is never shown or stored.
-    `least` and `most` limit numbers.
+    `least` and `most` limit numbers. `position` makes it an argument without a flag, the first one at 0; `short` is
+    another flag, such as `-s`. `some`: of the values that it takes there must be at least one.
     """
     metadata = {
         "help": help,
@@ -40,6 +44,9 @@ def option(
         "example": example,
         "least": least,
         "most": most,
+        "position": position,
+        "short": short,
+        "some": some,
     }
     return field(default=default, metadata=metadata, repr=secret is None)
 
@@ -85,24 +92,38 @@ class Option:
     example: str | None
     least: float | None
     most: float | None
+    position: int | None
+    short: str | None
+    some: bool
 
     @property
     def flag(self) -> str:
-        """How it is written on the command line."""
-        return f"--{self.name}"
+        """How it is written on the command line, or the name of an argument that has no flag."""
+        return self.name if self.position is not None else f"--{self.name}"
+
+    @property
+    def flags(self) -> list[str]:
+        """All ways to write it on the command line; none for an argument without a flag."""
+        return [] if self.position is not None else [*filter(None, [self.short]), self.flag]
+
+    @property
+    def nargs(self) -> str | None:
+        """How many values it takes, in the words of argparse."""
+        return None if not self.many else "+" if self.some else "*"
 
     def describe(self) -> dict[str, object]:
         """The declaration as plain data, in the words of argparse."""
         is_flag = self.kind == "bool"
         return {
             "dest": self.name,
-            "flags": [self.flag],
+            "flags": self.flags,
             "action": "store_true" if is_flag else "store",
             "type": None if is_flag else self.kind,
-            "nargs": "*" if self.many else None,
+            "nargs": self.nargs,
             "default": self.default,
             "choices": self.choices,
             "required": self.required,
+            **({} if self.position is None else {"position": self.position}),
         }
 
     def convert(self, value: object, where: str) -> Any:

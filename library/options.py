@@ -114,7 +114,7 @@ class Options:
     def where(self, name: str) -> str:
         """Where the value was given, for messages: the flag, or file and line."""
         origin = self._origins.get(name)
-        return f"--{name}" if origin is None else origin.where
+        return _flag(self.script, name) if origin is None else origin.where
 
     def with_values(self, **changes: object) -> Options:
         """A copy with other values; where they come from stays as it was."""
@@ -148,7 +148,7 @@ def parse(script: Script, argv: Sequence[str] | None = None) -> Options:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     values = _from_command_line(script, words)
-    origins = {name: Origin("command line", f"--{name}") for name in values}
+    origins = {name: Origin("command line", _flag(script, name)) for name in values}
     writes_config = bool(values.get("output_config"))
     notes: list[str] = []
     if (config := values.get("config_file")) and not writes_config:
@@ -191,12 +191,12 @@ def build_parser(script: Script) -> argparse.ArgumentParser:
         for spec in options_of(group):
             text = help_text(spec).replace("%", "%%")
             if spec.kind == "bool":
-                section.add_argument(spec.flag, action="store_true", help=text)
+                section.add_argument(*spec.flags, action="store_true", help=text)
             else:
                 section.add_argument(
-                    spec.flag,
+                    *(spec.flags or [spec.name]),
                     type=partial(spec.convert_one, where=spec.flag),
-                    nargs="*" if spec.many else None,
+                    nargs=spec.nargs,
                     metavar=_metavar(spec),
                     help=text,
                 )
@@ -215,7 +215,14 @@ def help_text(spec: Option) -> str:
     return spec.help + (f" ({'; '.join(notes)})" if notes else "")
 
 
+def _flag(script: Script, name: str) -> str:
+    spec = script.option(name)
+    return f"--{name}" if spec is None else spec.flag
+
+
 def _metavar(spec: Option) -> str:
+    if spec.position is not None:
+        return spec.name
     if spec.choices is not None:
         return "{" + ",".join(str(choice) for choice in spec.choices if choice is not None) + "}"
     names = {"int": "N", "float": "X", "int_or_float": "STEPS", "str": "TEXT", "Path": "PATH"}

@@ -7,21 +7,40 @@ import importlib
 import io
 import re
 import shlex
+import shutil
+import sys
 import tarfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from library.data import config
+from library.files import save_safetensors
 from library.log import UserError
+from library.models.refiner import LatentRefiner
 from library.option_docs import renew
-from library.option_groups import FLUX_MINIMAL_INFERENCE, FLUX_TRAIN, FLUX_TRAIN_NETWORK, SCRIPTS
+from library.option_groups import (
+    CANNY,
+    EXTRACT_LORA_FROM_DYLORA,
+    EXTRACT_LORA_FROM_MODELS,
+    FLUX_MINIMAL_INFERENCE,
+    FLUX_TRAIN,
+    FLUX_TRAIN_NETWORK,
+    LATENT_UPSCALER,
+    LORA_INTERROGATOR,
+    SCRIPTS,
+)
 from library.option_types import Script
 from library.options import parse
+from tests import tiny_sd
 from tests.cells import write_images
+from tests.networks.test_flux_tools import diffusers_folder
+from tests.tools.test_image_tools import FakeDetector
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -113,6 +132,9 @@ class Tiny:
             **{name: str(models[name]) for name in ("clip_l", "t5xxl", "ae")},
             "pretrained_model_name_or_path": str(models["flux"]),
             "ckpt_path": str(models["flux"]),
+            "flux_model": str(models["flux"]),
+            "model_org": str(models["flux"]),
+            "diffusers_path": str(diffusers_folder(models["flux"], folder / "FLUX.1-dev")),
             "dataset_config": str(folder / "cats.toml"),
             "train_data_dir": str(folder / "train"),
             "output_dir": str(folder / "output"),
@@ -129,6 +151,8 @@ class Tiny:
         base = {name: self.values[name] for name in (*models.keys() - {"flux", "tokenizers"}, "dataset_config")}
         base |= {"pretrained_model_name_or_path": str(models["flux"]), "network_module": "networks.lora_flux"}
         base |= {"output_dir": self.values["output_dir"], "output_name": "my_cat"}
+        self.own = tools_for_networks(folder) | write_for_image_tools(folder, images)
+        write_for_sd_tools(folder, models["tokenizers"])
         self.config = folder / "my_cat.toml"
         self.config.write_text(
             "".join(f"{name} = '{value}'\n" for name, value in base.items()), encoding="utf-8", newline="\n"
@@ -141,7 +165,7 @@ class Tiny:
             made[made.index("--config_file") + 1] = str(self.config)
         elif script in TRAINERS and "--pretrained_model_name_or_path" not in made:
             made += ["--config_file", str(self.config), "--dataset_config", ""]
-        for name, value in self.values.items():
+        for name, value in (self.values | self.own.get(script.name, {})).items():
             if f"--{name}" in arguments:
                 made += [f"--{name}", value]
         if script is FLUX_MINIMAL_INFERENCE:
@@ -154,12 +178,50 @@ class Tiny:
 TRAINERS = (FLUX_TRAIN_NETWORK, FLUX_TRAIN)
 
 
+def tools_for_networks(folder: Path) -> dict[str, dict[str, str]]:
+    """Stand-ins for files whose option means something else in other scripts."""
+    models = [tiny_sd.write_single(folder / f"sd_{seed}.safetensors", "1", seed=seed) for seed in range(2)]
+    dylora = folder / "dylora.safetensors"
+    module = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {"lora_down.weight": torch.ones(8, 5), "lora_up.weight": torch.ones(6, 8), "alpha": torch.tensor(4.0)}
+    save_safetensors({f"{module}.{key}": tensor for key, tensor in tensors.items()}, dylora)
+    return {
+        EXTRACT_LORA_FROM_MODELS.name: {"model_org": str(models[0]), "model_tuned": str(models[1])},
+        EXTRACT_LORA_FROM_DYLORA.name: {"model": str(dylora)},
+        LORA_INTERROGATOR.name: {"model": str(folder / "style_sd15.safetensors")},
+    }
+
+
+def write_for_image_tools(folder: Path, images: Path) -> dict[str, dict[str, str]]:
+    """The pictures and models that the page on tools for images names."""
+    save_safetensors(LatentRefiner().state_dict(), folder / "upscaler.safetensors")
+    return {
+        CANNY.name: {"input": str(next(images.glob("*.png")))},
+        LATENT_UPSCALER.name: {"vae_path": str(tiny_sd.write_single(folder / "with_vae.safetensors", "1"))},
+    }
+
+
+def write_for_sd_tools(folder: Path, tokenizers: Path) -> None:
+    """The files that the page on tools for SD names."""
+    tiny_sd.write_single(folder / "sd15.safetensors", "1")
+    tiny_sd.write_single(folder / "sd15_other.safetensors", "1", seed=3)
+    tiny_sd.write_single(folder / "sd_xl_base.safetensors", "xl")
+    tiny_sd.write_folder(folder / "sd15_diffusers", "1")
+    shutil.copytree(tokenizers, folder / "tokenizers", dirs_exist_ok=True)
+    for name, prefix, size in (("style", "te1", 32), ("cat", "te1", 32), ("style_sd15", "te", 32)):
+        module = f"lora_{prefix}_text_model_encoder_layers_0_self_attn_q_proj"
+        tensors = {"lora_down.weight": torch.ones(4, size), "lora_up.weight": torch.ones(size, 4)}
+        save_safetensors({f"{module}.{key}": tensor for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+
+
 def test_commands_run(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Every command of a script, on tiny models; first those that make a LoRA for the others."""
     tiny = Tiny(tmp_path, models)
     monkeypatch.chdir(tmp_path)
+    detector = SimpleNamespace(create_detector=lambda _: FakeDetector())
+    monkeypatch.setitem(sys.modules, "anime_face_detector", detector)  # type: ignore[arg-type]
     found = [
         (script, page, arguments)
         for page in PAGES

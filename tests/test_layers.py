@@ -113,10 +113,23 @@ def inside(name: str, prefix: str) -> bool:
 
 def layer(name: str) -> int:
     """Layer of a module of ours."""
+    if name in tools_of_plugins():
+        return SCRIPTS
     for number, prefixes in LAYERS:
         if any(inside(name, prefix) for prefix in prefixes):
             return number
     return SCRIPTS
+
+
+@cache
+def tools_of_plugins() -> frozenset[str]:
+    """The scripts that lie beside the plug-ins."""
+    return frozenset(
+        module.name
+        for module in modules()
+        if inside(module.name, PLUGINS)
+        and any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in module.tree.body)
+    )
 
 
 def branch(name: str) -> str:
@@ -233,6 +246,7 @@ def test_networks_stand_on_mathematics_and_ground_only() -> None:
             said(found)
             for found in all_imports()
             if inside(found.module.name, PLUGINS)
+            and layer(found.module.name) != SCRIPTS
             and ours(found)
             and not inside(found.target, PLUGINS)
             and layer(found.target) > 1
@@ -366,7 +380,7 @@ def needs_encoding(node: ast.Call) -> bool:
     if any(key.arg in ("encoding", None) for key in node.keywords):
         return False
     owner = ast.unparse(function.value) if isinstance(function, ast.Attribute) else ""
-    if owner in ("files", "os", "Image", "webbrowser", "zipfile", "tarfile"):
+    if owner in ("files", "AdapterFile", "os", "Image", "webbrowser", "zipfile", "tarfile"):
         return False
     match name:
         case "read_text":

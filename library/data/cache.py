@@ -15,10 +15,10 @@ import torch
 from library.data.cache_names import CacheNames
 from library.data.images import load_picture, to_tensor
 from library.data.latents import Drawn, Encoded, LatentsEntry, LatentsFiles, LatentsMemory, LatentsStore, image_seed
-from library.data.progress import Progress
 from library.data.texts import TextEntry, TextFiles, TextMemory, TextStore
 from library.data.views import still
 from library.log import DataError, get_logger, raise_all
+from library.progress import Progress
 from library.randomness import Draws
 from library.types import Cond, Posterior
 

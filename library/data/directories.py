@@ -13,9 +13,9 @@ from library import encodings
 from library.data import shards
 from library.data.folders import IMAGE_SUFFIXES, is_leftover, leads_to_leftover
 from library.data.headers import DamagedImageError, read_header
-from library.data.progress import Progress
 from library.data.scan_cache import Remembered, ScanCache
 from library.log import get_logger
+from library.progress import Progress
 from library.types import Size
 
 logger = get_logger(__name__)

@@ -64,4 +64,5 @@ _RESIZERS: dict[str, Callable[[Bytes, Size], Bytes]] = {
     "bicubic": _with_opencv("INTER_CUBIC"),
     "cubic": _with_opencv("INTER_CUBIC"),
     "area": _with_opencv("INTER_AREA"),
+    "lanczos4": _with_opencv("INTER_LANCZOS4"),
 }

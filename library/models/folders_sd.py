@@ -124,12 +124,13 @@ def _empty(name: str, product: Product, shapes: Shapes) -> nn.Module:
 _SCHEDULER = ("scheduler", "scheduler_config.json")
 
 
-def _save_scheduler(folder: Path, product: Product) -> str:
+def _save_scheduler(target: Path, product: Product) -> str:
     """Writes the scheduler of the source folder, or the usual one, with the prediction of this run; gives its class."""
     import diffusers
 
     prediction = "v_prediction" if product.v_prediction else "epsilon"
-    settings = read_json(product.source.path.joinpath(*_SCHEDULER)) if product.source.is_folder else {}
+    folder = product.reference or (product.source.path if product.source.is_folder else None)
+    settings = read_json(folder.joinpath(*_SCHEDULER)) if folder is not None else {}
     if "_class_name" not in settings:
         xl = product.source.version == "xl"
         kind = diffusers.EulerDiscreteScheduler if xl else diffusers.DDIMScheduler
@@ -138,7 +139,7 @@ def _save_scheduler(folder: Path, product: Product) -> str:
     settings["prediction_type"] = prediction
     if product.zero_terminal:
         settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    _write_json(folder.joinpath(*_SCHEDULER), settings)
+    _write_json(target.joinpath(*_SCHEDULER), settings)
     return str(settings["_class_name"])
 
 

@@ -51,6 +51,8 @@ class Product:
     zero_terminal: bool = False
     tokenizers: Mapping[str, Any] = field(default_factory=dict)
     """For folders: `tokenizer`, `tokenizer_2`; those that are missing are copied from a source folder."""
+    reference: Path | None = None
+    """For folders: another one, whose scheduler is taken."""
 
     @property
     def parts(self) -> tuple[str, ...]:

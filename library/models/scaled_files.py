@@ -68,8 +68,16 @@ class ScaledTensors(Mapping[str, Tensor]):
 
     def parts(self, name: str) -> tuple[Tensor, Tensor | None]:
         """A tensor as the file has it, and its scale (rows, 1), float32; None if it has none."""
-        tensor, layer = self._tensors[name], name.removesuffix(_WEIGHT)
-        found = [layer + end for end in SCALES if layer + end in self._tensors] if layer != name else []
-        if not found:
+        tensor, scale = self._tensors[name], self._scale_of(name)
+        if scale is None:
             return tensor, None
-        return tensor, self._tensors[found[0]].float().reshape(-1, 1).expand(len(tensor), 1)
+        return tensor, self._tensors[scale].float().reshape(-1, 1).expand(len(tensor), 1)
+
+    def stored_dtype(self, name: str) -> str:
+        """The type that a tensor comes in, as headers call it; nothing is read."""
+        return "F32" if self._scale_of(name) else self._tensors.infos[name].dtype
+
+    def _scale_of(self, name: str) -> str | None:
+        """The name of a tensor's scale; None: it has none."""
+        layer = name.removesuffix(_WEIGHT)
+        return next((layer + end for end in SCALES if layer != name and layer + end in self._tensors), None)

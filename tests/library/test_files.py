@@ -43,7 +43,7 @@ def same(found: Tensor, expected: Tensor) -> bool:
     return (
         found.dtype == expected.dtype
         and found.shape == expected.shape
-        and bytes(files._raw(found)) == bytes(files._raw(expected))
+        and bytes(files.raw_bytes(found)) == bytes(files.raw_bytes(expected))
     )
 
 
@@ -92,7 +92,7 @@ def test_old_file_stays_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "a.safetensors"
     save_safetensors({"a": torch.ones(1)}, path)
     before = path.read_bytes()
-    monkeypatch.setattr(files, "_raw", failing(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(files, "raw_bytes", failing(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(ResourceError, match="disk full"):
         save_safetensors({"a": torch.zeros(1)}, path)
     assert path.read_bytes() == before
@@ -107,7 +107,7 @@ def test_lack_of_space_is_told_before_writing(tmp_path: Path, monkeypatch: pytes
 
 
 def test_damage_while_writing_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_raw", lambda tensor: memoryview(b"short"))
+    monkeypatch.setattr(files, "raw_bytes", lambda tensor: memoryview(b"short"))
     with pytest.raises(ResourceError, match="damaged"):
         save_safetensors({"a": torch.zeros(10)}, tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from library import files
 from library.models.flux import Flux, FluxConfig
 from library.models.keymaps import Mapped, flux_names, flux_to_diffusers
+from networks import convert_flux_lora
 from networks.base import ModuleAdapter, Network
 from networks.lora_flux import create_network, create_network_from_weights
 from tests.networks import tiny_models
@@ -117,6 +118,41 @@ def test_diffusers_gives_the_same_answers(tmp_path: Path, split: str) -> None:
     merged, weights = create_network_from_weights(1.0, path, None, [clip, None], model, for_inference=True)
     merged.merge_to([clip, None], model, weights)
     assert relative_error(model(**inputs), their_answer(theirs, inputs)) < 1e-4
+
+
+@SPLIT
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_does_the_same_with_a_converted_file(tmp_path: Path, split: str) -> None:
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    model, clip, their_clip = tiny_models.flux(CONFIG), tiny_models.clip_l(), tiny_models.clip_l()
+    theirs = diffusers_transformer(model)
+    inputs, ids = tiny_models.flux_inputs(), torch.arange(10)[None]
+    torch.manual_seed(5)
+    network = create_network(1.0, 4, 2.0, None, [clip, None], model, split_qkv=split)
+    for adapter in network.created:
+        fill(adapter, 0.2)
+    network.apply_to()
+    applied, applied_text = model(**inputs), clip(input_ids=ids).last_hidden_state
+    network.save_weights(tmp_path / "ours.safetensors", metadata_={})
+    convert_flux_lora.main(
+        [
+            *("--src", "sd-scripts", "--dst", "ai-toolkit", "--src_path", str(tmp_path / "ours.safetensors")),
+            *("--dst_path", str(tmp_path / "theirs.safetensors")),
+        ]
+    )
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKL(block_out_channels=(32,), latent_channels=16),
+        text_encoder=their_clip,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=theirs,
+    )
+    pipeline.load_lora_weights(str(tmp_path), weight_name="theirs.safetensors")
+    assert relative_error(their_answer(theirs, inputs), applied) < 1e-4
+    assert relative_error(their_clip(input_ids=ids).last_hidden_state, applied_text) < 1e-4
 
 
 @SPLIT
