@@ -20,7 +20,6 @@ from library.objectives import Flow, FlowSettings
 from library.randomness import Draws
 from networks.base import Network
 from networks.lora_flux import create_network
-from networks.low_rank import LoraAdapter
 
 LATENT_STRIDE, LATENT_CHANNELS, CELLS_PER_TOKEN = 8, 16, 4
 SMALL = 0.01
@@ -80,12 +79,16 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Flux:
     return model.train()
 
 
-def adapt(model: Flux, rank: int, device: torch.device) -> Network:
-    """A LoRA on all linear layers of the blocks, as `--network_module networks.lora_flux` makes it."""
-    network = create_network(1.0, rank, rank, None, None, model)
+def adapt(model: Flux, rank: int, device: torch.device, kind: str = "lora") -> Network:
+    """Adapters on all linear layers of the blocks, as `--network_module networks.lora_flux` makes them.
+
+    `kind` is what `algo=` says: lora, dora, loha or lokr.
+    """
+    network = create_network(1.0, rank, rank, None, None, model, algo=kind)
     for adapter in network.created:
-        assert isinstance(adapter, LoraAdapter)
-        nn.init.normal_(adapter.lora_up.weight, std=SMALL)
+        for parameter in adapter.parameters():
+            if not parameter.any():  # what makes a new network change nothing
+                nn.init.normal_(parameter, std=SMALL)
     network.apply_to(None, model, False, True)
     network.prepare_grad_etc(None, model)
     return network.to(device).train()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,7 +87,7 @@ def load_denoiser(job: Job, streamed: int) -> nn.Module:
         denoiser = job.family.load_denoiser(torch.device("cpu"), dtype)
         job.method.loaded(Models(denoiser=denoiser))
         for name, module in denoiser.named_modules():
-            module._apply(lambda tensor: tensor.to(device), recurse=False)
+            _moved(module, device)
             _placed(store, at_home, name, module)
         return denoiser
     finished = None if store is None and not at_home else _Placing(store, at_home)
@@ -115,7 +115,13 @@ def _placed(store: Finished | None, at_home: tuple[str, ...], name: str, module:
     if store is not None:
         store(name, module)
     if at_home and name.startswith(at_home):
-        module._apply(lambda tensor: tensor.to("cpu"), recurse=False)  # type: ignore[no-untyped-call]
+        _moved(module, torch.device("cpu"))
+
+
+def _moved(module: nn.Module, device: torch.device) -> None:
+    """Moves the tensors of a module, not those of the modules inside."""
+    apply: Callable[..., object] = module._apply
+    apply(lambda tensor: tensor.to(device), recurse=False)
 
 
 # finishing

@@ -130,7 +130,7 @@ class Network(nn.Module):
         for adapter in self._created:
             if apply_denoiser if adapter.component == DENOISER else apply_text_encoder:
                 adapter.hook()
-                self.add_module(adapter.name, adapter)
+                self.add_module(adapter.name, adapter.train(self.training))
         counts = {name: len(members) for name, members in self._by_component().items()}
         logger.info("adapters: %s", ", ".join(f"{name} {count}" for name, count in counts.items()) or "none")
 

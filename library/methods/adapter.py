@@ -45,9 +45,12 @@ class Adapter(Method):
         *,
         dtype: torch.dtype | None = None,
         gradient_checkpointing: bool = False,
+        alpha_given: bool = True,
         all_options: Mapping[str, object] | None = None,
     ) -> None:
         """What the options say. `dtype`: of the trained weights, None: as the plug-in makes them.
+
+        Where `alpha_given` is False the plug-in takes its own default, which depends on the kind of network.
 
         Errors: UserError when nothing would be trained, options exclude one another, or there is no such plug-in.
         """
@@ -59,6 +62,7 @@ class Adapter(Method):
         if network.dim_from_weights and not network.network_weights:
             raise UserError("there are no weights", "--dim_from_weights", "give --network_weights FILE")
         self.plugin = plugins.load(network.network_module)
+        self._alpha_given = alpha_given or not hasattr(self.plugin, "trained_encoders")
         self.arguments = plugins.pairs(network.network_args or ())
         self.max_norm = network.scale_weight_norms
         self.trains_denoiser = not network.network_train_text_encoder_only and rates.denoiser.value != 0
@@ -82,6 +86,7 @@ class Adapter(Method):
             Rates.from_options(options, encoder_names),
             dtype=dtype,
             gradient_checkpointing=options[MemoryOptions].gradient_checkpointing,
+            alpha_given=options.given("network_alpha"),
             all_options=options.public(),
         )
 
@@ -199,7 +204,7 @@ class Adapter(Method):
             network = self.plugin.create_network(
                 1.0,
                 options.network_dim,
-                options.network_alpha,
+                options.network_alpha if self._alpha_given else None,
                 None,
                 encoders,
                 denoiser,
@@ -277,7 +282,7 @@ class Adapter(Method):
         """Brings the network to the device, equal in all processes, and switches it to training."""
         self.network.to(accelerator.device)
         if accelerator.num_processes > 1:
-            broadcast(list(self.network.state_dict().values()))
+            broadcast(list(self.network.state_dict().values()), accelerator.device)
         self.train_mode(True)
 
     def train_mode(self, training: bool) -> None:

@@ -149,7 +149,8 @@ class Method(ABC):
         `parameters` None means all; all processes must come with the same ones, in the same order.
         """
         if accelerator.num_processes > 1:
-            average_gradients(self.parameters() if parameters is None else parameters, accelerator.num_processes)
+            wanted = self.parameters() if parameters is None else parameters
+            average_gradients(wanted, accelerator.num_processes, accelerator.device)
 
     def begin_after(self, step: int) -> None:  # noqa: B027
         """Called once, before the first step, with the number of the last one: 0, or that of a loaded state."""
@@ -164,11 +165,12 @@ class Method(ABC):
 
 
 @torch.no_grad()
-def average_gradients(parameters: Sequence[nn.Parameter], processes: int) -> None:
+def average_gradients(parameters: Sequence[nn.Parameter], processes: int, device: torch.device | None = None) -> None:
     """Replaces the gradients by their mean over the processes. All processes must call it with the same parameters.
 
-    Gradients travel in large flat pieces, a few on the way at a time. A parameter without a gradient here (an adapter
-    that was dropped for this batch) counts as zero, since other processes may have one for it.
+    Gradients travel in large flat pieces, a few on the way at a time. `device` is where processes exchange data: what
+    lies elsewhere, such as gradients of streamed blocks, makes a detour. A parameter without a gradient here (an
+    adapter that was dropped for this batch) counts as zero, since other processes may have one for it.
     """
     on_the_way: deque[tuple[list[Tensor], Tensor, Any]] = deque()
     for bucket in _buckets(parameters):
@@ -178,6 +180,8 @@ def average_gradients(parameters: Sequence[nn.Parameter], processes: int) -> Non
         flat = gradients[0] if len(gradients) == 1 else torch.cat([gradient.reshape(-1) for gradient in gradients])
         if flat.device.type == "cpu":
             flat = flat.float()  # gloo adds no half-precision numbers
+        if device is not None:
+            flat = flat.to(device)
         flat = flat.contiguous().div_(processes)
         on_the_way.append((gradients, flat, dist.all_reduce(flat, async_op=True)))
     while on_the_way:
@@ -201,12 +205,12 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters of one type, up to the bucket size (a larger one goes alone)."""
+    """Parameters of one type and place, up to the bucket size (a larger one goes alone)."""
     bucket: list[nn.Parameter] = []
     size = 0
-    for parameter in sorted(parameters, key=lambda parameter: str(parameter.dtype)):
+    for parameter in sorted(parameters, key=_kind):
         full = size + parameter.numel() > BUCKET_ELEMENTS
-        if bucket and (full or parameter.dtype != bucket[0].dtype):
+        if bucket and (full or _kind(parameter) != _kind(bucket[0])):
             yield bucket
             bucket, size = [], 0
         bucket.append(parameter)
@@ -215,11 +219,18 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         yield bucket
 
 
+def _kind(parameter: nn.Parameter) -> tuple[str, str]:
+    return str(parameter.device), str(parameter.dtype)
+
+
 @torch.no_grad()
-def broadcast(tensors: Sequence[Tensor]) -> None:
-    """Gives all processes the first process's values."""
+def broadcast(tensors: Sequence[Tensor], device: torch.device | None = None) -> None:
+    """Gives all processes the first process's values; for `device` see `average_gradients`."""
     for tensor in tensors:
-        dist.broadcast(tensor.data, src=0)
+        value = tensor.data if device is None else tensor.data.to(device)
+        dist.broadcast(value, src=0)
+        if value.device != tensor.device:
+            tensor.data.copy_(value)
 
 
 def require_something(groups: Sequence[ParamGroup], where: str) -> list[ParamGroup]:

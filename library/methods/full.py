@@ -128,7 +128,8 @@ class Full(Method):
     def prepare(self, accelerator: Any, models: Models) -> None:
         """Makes what is trained equal in all processes and switches it to training; it is where it was loaded."""
         if accelerator.num_processes > 1:
-            broadcast([parameter for part in self.parts.values() for parameter in part.parameters()])
+            tensors = [parameter for part in self.parts.values() for parameter in part.parameters()]
+            broadcast(tensors, accelerator.device)
         self.train_mode(True)
 
     # training

@@ -35,7 +35,7 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
     torch.compiler.reset()
     try:
         _try_out(backend, device)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - compilers fail in many ways
         _say("the compiler doesn't work here, so nothing is compiled", backend, error)
         return False
     shared = _Failures()

@@ -62,9 +62,9 @@ def _keeps_its_product(layer: nn.Module) -> bool:
 
 def _recomputed(forward: Callable[..., Any], offload: Offload | None) -> Callable[..., Any]:
     def run(*inputs: Any, **named: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*inputs, **named)
         with without_cast_cache():
+            if not torch.is_grad_enabled():
+                return forward(*inputs, **named)
             if offload is None:
                 return checkpoint(forward, *inputs, use_reentrant=False, context_fn=_two_passes, **named)
             with offload.of_inputs(inputs):

@@ -12,8 +12,9 @@ Weights that don't change go to the device only. Where a block is trained:
   parameters and gradients in main memory, steps there, and keeps its state there.
 
 In both cases everything is at home when `backward()`, or a forward pass without gradients, returns. Where nothing of
-the blocks is trained, as with LoRA, the last blocks stay in the ring. At any time each parameter shows its true value, wherever it is; to have all of them in
-main memory, or to write to one that isn't trained, call `Streaming.settle` first.
+the blocks is trained, as with LoRA, the last blocks stay in the ring. At any time each parameter shows its true value,
+wherever it is. To have all of them in main memory, or to write to one that isn't trained, call `Streaming.settle`
+first; `state_dict` and `load_state_dict` of the model do.
 """
 
 from __future__ import annotations
@@ -291,7 +292,7 @@ class Streaming:
         for slot in self._slots:
             if slot.block == block and slot.entered:
                 return slot
-        self._reach(block, backward=True, turns=True)
+        self._reach_backward(block)
         return self._slot_of(block)
 
     def _pack(self, block: int, tensor: Tensor) -> Tensor | _Alias:

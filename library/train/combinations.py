@@ -15,6 +15,7 @@ from library.option_groups import (
     HubOptions,
     LegacySDOptions,
     LengthOptions,
+    MemoryOptions,
     NetworkOptions,
     NoiseOptions,
     OptimizerOptions,
@@ -28,7 +29,7 @@ from library.option_groups import (
 from library.train import optimizers, schedules
 from library.train.idle import idle_options
 from library.train.processes import world_size
-from library.train.setups import cut_of, storage_of
+from library.train.setups import cut_of, storage_of, swap_of
 from library.train.trackers import kinds_wanted, tracker_arguments
 from library.types import Finding
 
@@ -43,7 +44,7 @@ _LONG = 10**9
 def check(options: Options) -> list[Finding]:
     """All that is found; `where` is the flag of the option."""
     checks = (
-        *(_check_precision, _check_optimizer, _check_trackers, _check_saving, _check_hub),
+        *(_check_precision, _check_optimizer, _check_swapping, _check_trackers, _check_saving, _check_hub),
         *(_check_network, _check_noise, _check_tokens, idle_options),
     )
     return [finding for check in checks for finding in check(options)]
@@ -93,6 +94,20 @@ def _check_optimizer(options: Options) -> Iterator[Finding]:
     ema = _group(options, EmaOptions)
     if ema is not None and ema.ema_decay is not None and kind.endswith("schedulefree"):
         yield error("schedule-free optimizers average by themselves", "--ema_decay", "leave it out")
+
+
+def _check_swapping(options: Options) -> Iterator[Finding]:
+    optimizer, memory = _group(options, OptimizerOptions), _group(options, MemoryOptions)
+    if optimizer is None or memory is None or not swap_of(options, 2):
+        return
+    in_backward = optimizer.fused_backward_pass or cut_of(options) is not None
+    kind = "8bit" if optimizer.use_8bit_adam else optimizer.optimizer_type.lower()
+    if not options.has(NetworkOptions) and not in_backward and ("8bit" in kind or "paged" in kind):
+        what = "swapped blocks are stepped in main memory, where this optimizer doesn't work"
+        yield error(what, "--blocks_to_swap", "give --fused_backward_pass, too")
+    if memory.torch_compile and memory.dynamo_backend == "cudagraphs":
+        what = "weights of swapped blocks change their place, which recorded graphs can't follow"
+        yield error(what, "--dynamo_backend cudagraphs", "leave it out, or --blocks_to_swap")
 
 
 def check_rates(options: Options) -> Iterator[Finding]:

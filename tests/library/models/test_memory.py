@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.models import offloading
 from library.models.flux import Flux, image_ids, patchify, text_ids
-from library.models.memory import blocks, checkpoint_blocks
+from library.models.memory import blocks, checkpoint_blocks, without_cast_cache
 from networks import lora_flux
 from tests import tiny
+from tests.late_copies import moved
 from tests.networks import tiny_models
 
 
@@ -45,7 +47,8 @@ def test_gradients_are_the_same(every: int, offload: bool) -> None:
     for block in blocks(model):
         block.forward = counted(block.forward, calls)
     checkpoint_blocks(model, every, offload=offload)
-    found = gradients(model)
+    with moved():
+        found = gradients(model)
     assert calls[0] == 4 + 4 // every
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
@@ -113,3 +116,145 @@ def test_blocks_of_the_text_encoders_are_found_and_recomputed() -> None:
             answers.append({name: parameter.grad for name, parameter in encoder.named_parameters()})
         for name, gradient in answers[0].items():
             torch.testing.assert_close(answers[1][name], gradient, msg=name)
+
+
+# inputs that wait in main memory
+
+
+class Chain(nn.Module):
+    """Blocks with one input."""
+
+    def __init__(self, count: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.layers:
+            x = block(x)
+        return x
+
+
+def chained(model: nn.Module, rows: int) -> list[Tensor]:
+    x = torch.linspace(-1, 1, 8 * rows).view(rows, 8).requires_grad_()
+    return list(torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()]))
+
+
+@pytest.fixture
+def allocated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the main memory that was asked for; it holds NaN at first."""
+    sizes: list[int] = []
+
+    def memory(size: int, device: torch.device) -> Tensor:
+        sizes.append(size)
+        return torch.full((size,), 0xFF, dtype=torch.uint8)
+
+    monkeypatch.setattr(offloading, "host_memory", memory)
+    return sizes
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_main_memory_is_used_again_whatever_the_sizes(late: bool, allocated: list[int]) -> None:
+    model = Chain()
+    checkpoint_blocks(model, offload=True)
+    with moved(late=late):
+        for rows in (2, 5, 3, 4, 5, 2):
+            assert all(map(torch.equal, chained(model, rows), chained(Chain(), rows)))
+    assert allocated == [2 * 32] * 4 + [5 * 32] * 4
+
+
+def test_inputs_leave_the_device_and_come_back_one_block_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    homes: list[Tensor] = []
+
+    def memory(size: int, device: torch.device) -> Tensor:
+        homes.append(torch.empty(size, dtype=torch.uint8))
+        return homes[-1]
+
+    class Noting(offloading.CopyStream):
+        def copy(self, target: Tensor, source: Tensor) -> None:
+            leaves = any(home.data_ptr() == target.data_ptr() for home in homes)
+            happened.append("leaves" if leaves else "comes")
+            super().copy(target, source)
+
+    def noted(index: int, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            happened.append(f"block {index}")
+            return forward(x)
+
+        return run
+
+    model = Chain()
+    for index, block in enumerate(model.layers):
+        block.forward = noted(index, block.forward)
+    checkpoint_blocks(model, offload=True)
+    monkeypatch.setattr(offloading, "CopyStream", Noting)
+    monkeypatch.setattr(offloading, "host_memory", memory)
+    with moved(late=False):
+        answer = model(torch.ones(2, 8, requires_grad=True))
+        assert happened == [part for index in range(4) for part in ("leaves", f"block {index}")]
+        happened.clear()
+        answer.sum().backward()
+    assert happened == ["comes", "block 3", "comes", "block 2", "comes", "block 1", "block 0"]
+
+
+def test_a_graph_that_is_dropped_gives_main_memory_back(allocated: list[int]) -> None:
+    model = Chain()
+    checkpoint_blocks(model, offload=True)
+    gc.disable()
+    try:
+        with moved():
+            for _ in range(3):
+                model(torch.ones(2, 8, requires_grad=True))
+    finally:
+        gc.enable()
+    assert len(allocated) == 4
+
+
+def test_a_graph_can_be_used_twice() -> None:
+    model = Chain()
+    checkpoint_blocks(model, offload=True)
+    with moved():
+        x = torch.ones(2, 8, requires_grad=True)
+        loss = model(x).sum()
+        (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (second,) = torch.autograd.grad(loss, x)
+    assert torch.equal(first, second)
+
+
+def test_masks_and_tables_stay() -> None:
+    model = tiny.flux_model(double=2, single=2)
+    checkpoint_blocks(model, offload=True)
+    shapes: list[tuple[int, ...]] = []
+
+    class Noting(offloading.CopyStream):
+        def copy(self, target: Tensor, source: Tensor) -> None:
+            shapes.append(tuple(source.shape))
+            super().copy(target, source)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offloading, "CopyStream", Noting)
+        with moved(late=False):
+            gradients(model)
+    assert {shape[-1] for shape in shapes} == {64}  # the width, not that of heads
+
+
+def test_autocast_keeps_no_converted_weights_of_recomputed_blocks() -> None:
+    kept: list[bool] = []
+
+    class Block(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            kept.append(torch.is_autocast_cache_enabled())
+            return super().forward(x)
+
+    model = nn.Sequential(nn.ModuleList([Block(4, 4)]))
+    checkpoint_blocks(model)
+    (block,) = blocks(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = block(torch.ones(1, 4)).sum()
+        assert torch.is_autocast_cache_enabled()
+    loss.backward()
+    assert kept == [False, False]
+    with pytest.raises(KeyError), without_cast_cache():
+        raise KeyError
+    assert torch.is_autocast_cache_enabled()

@@ -176,7 +176,11 @@ BAD = [
     ({"full_bf16": True}, "--full_bf16"),
     ({"full_fp16": True, "mixed_precision": "bf16"}, "--full_fp16"),
     ({"fp8_base": True}, "--fp8_base"),
-    ({"fused_backward_pass": True, "optimizer_type": "AdamW"}, "Adafactor only"),
+    ({"fp8_base": True, "int8_base": True, "mixed_precision": "bf16"}, "stored in one way"),
+    ({"fp8_compute": True, "int8_base": True, "mixed_precision": "bf16"}, "can't be multiplied"),
+    ({"fused_backward_pass": True, "mixed_precision": "fp16"}, "scaled until all are there"),
+    ({"blocks_to_swap": 3, "torch_compile": True, "dynamo_backend": "cudagraphs"}, "--dynamo_backend cudagraphs"),
+    ({"ema_decay": 0.9, "optimizer_type": "AdamWScheduleFree"}, "--ema_decay"),
     (
         {"fused_backward_pass": True, "optimizer_type": "AdaFactor", "gradient_accumulation_steps": 2},
         "--gradient_accumulation_steps must be 1",
