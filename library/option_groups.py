@@ -1132,11 +1132,6 @@ SDXL_TRAIN_NETWORK = Script(
     ignored={**_SD_FULL_IGNORED, "clip_skip": "SDXL always takes the layers that it was made with"},
 )
 
-SCRIPTS = (
-    *(FLUX_TRAIN_NETWORK, FLUX_TRAIN, FLUX_MINIMAL_INFERENCE, CACHE_LATENTS, CACHE_TEXT_ENCODER_OUTPUTS, SHOW_METADATA),
-    *(TRAIN_NETWORK, SDXL_TRAIN_NETWORK, TRAIN_DB, FINE_TUNE, SDXL_TRAIN),
-)
-
 # image generation with SDXL
 
 
@@ -1185,4 +1180,9 @@ SDXL_MINIMAL_INFERENCE = Script(
     name="sdxl_minimal_inference.py",
     summary="Makes images with SDXL.",
     groups=(SdxlInferenceOptions,),
+)
+
+SCRIPTS = (
+    *(FLUX_TRAIN_NETWORK, FLUX_TRAIN, FLUX_MINIMAL_INFERENCE, CACHE_LATENTS, CACHE_TEXT_ENCODER_OUTPUTS, SHOW_METADATA),
+    *(TRAIN_NETWORK, SDXL_TRAIN_NETWORK, TRAIN_DB, FINE_TUNE, SDXL_TRAIN, SDXL_MINIMAL_INFERENCE),
 )

@@ -24,6 +24,7 @@ from library.option_groups import (
     FLUX_TRAIN,
     FLUX_TRAIN_NETWORK,
     SCRIPTS,
+    SDXL_MINIMAL_INFERENCE,
     SDXL_TRAIN,
     SDXL_TRAIN_NETWORK,
     TRAIN_DB,
@@ -171,8 +172,11 @@ class Tiny:
         for name, value in {**self.values, **(self._model(other) if other else {})}.items():
             if f"--{name}" in arguments:
                 made += [f"--{name}", value]
-        if script is FLUX_MINIMAL_INFERENCE:
+        if script in (FLUX_MINIMAL_INFERENCE, SDXL_MINIMAL_INFERENCE):
             made += ["--width", "64", "--height", "64", "--steps", "1"]
+        if script is SDXL_MINIMAL_INFERENCE:
+            network = self.folder / "output" / "my_xl_cat.safetensors"
+            made += ["--ckpt_path", str(self.others["sdxl"]), "--lora_weights", str(network), "--dtype", "float32"]
         if script in TRAINERS:
             made += ["--max_train_steps", "1", "--max_data_loader_n_workers", "0"]
         return made
