@@ -253,6 +253,18 @@ def test_a5_exactly_what_the_table_calls_trained_is_trained(
         assert moved, part
 
 
+@pytest.mark.parametrize(("model", "more", "part"), [("sdxl", (), "te1"), ("sd1", ("--clip_skip", "2"), "te")])
+def test_layers_without_effect_are_left_alone(make: MakeSdCell, model: str, more: tuple[str, ...], part: str) -> None:
+    found = []
+    for steps in ("1", "3"):
+        cell = make(model, steps, *more)
+        cell("--max_train_steps", steps, "--optimizer_args", "weight_decay=0.5")
+        found.append(cell.weights())
+    for layer, same in ((0, False), (1, True)):
+        name = f"lora_{part}_text_model_encoder_layers_{layer}_mlp_fc1.lora_down.weight"
+        assert found[0][name].equal(found[1][name]) == same
+
+
 # needs A10: what the model predicts
 
 
@@ -383,13 +395,14 @@ def test_two_processes_give_the_weights_of_one(make: MakeSdCell, sd_images: Path
     for name in ("i2", "i3"):
         (sd_images / "3_thing" / f"{name}.png").unlink()
     (sd_images / "3_thing").rename(sd_images / "4_thing")
+    # a large eps: norms of two channels at a single pixel, as the lowest level has here, make much of a little rounding
     common = (
         "--max_train_steps",
         "4",
         "--max_grad_norm",
         "0.5",
         "--optimizer_args",
-        "eps=1e-4",
+        "eps=1e-2",
         "--noise_offset",
         "0.1",
     )
