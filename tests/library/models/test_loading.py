@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.files import save_safetensors
+from library.files import LazyTensors, save_safetensors
 from library.log import DataError
 from library.models import keymaps, loading
 from tests import tiny

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.files import save_safetensors
+from library.files import LazyTensors, save_safetensors
 from library.log import DataError, UserError
 from library.models import keymaps, loading, quantized
 from library.models.products import dense
