@@ -1,4 +1,4 @@
-"""Times one LoRA training step on a FLUX.1 transformer with random weights. See README.md beside this file."""
+"""Times one LoRA training step on a FLUX.1 transformer or an SDXL U-Net with random weights. See README.md here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Sequence
 
 import torch
+import workload_sdxl
 from workload import Batch, Ceiling, Clock, Shape, Work, adapt, build, measure, peak_memory, reset_peak_memory, work
 
 from library import devices
@@ -24,9 +25,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device) if args.device else devices.best_device()
     dtype = devices.dtype_of(args.dtype)
-    shape = shape_of(args)
-    model = build(shape, device, dtype)
-    step = training_step(model, shape, device, dtype, args)
+    if args.family == "sdxl":
+        sdxl = workload_sdxl.SdxlShape(resolution=args.resolution, batch=args.batch, rank=args.rank)
+        step, counted = workload_sdxl.training_step(sdxl, device, dtype, checkpointing=args.checkpointing)
+    else:
+        shape = shape_of(args)
+        model = build(shape, device, dtype)
+        step, counted = training_step(model, shape, device, dtype, args), work(model, shape)
     if args.profile:
         print(profile(step, device))
         return
@@ -34,7 +39,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     ceiling = Ceiling(clock, dtype, MATRIX_SIDE.get(device.type, MATRIX_SIDE_GPU))
     reset_peak_memory(device)
     (timing,) = measure(clock, ceiling, [step], args.steps, args.warmup)
-    counted = work(model, shape)
     result = {
         "seconds_per_step": round(timing.median, 4),
         "fastest_step": round(min(timing.seconds), 4),
@@ -42,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "gflop_per_step": round(counted.total / 1e9, 1),
         "matrix_product_gflops": round(timing.rate / 1e9, 1),
         "peak_memory_gb": round((peak_memory(device) or 0) / 1e9, 2),
-        "image_tokens": shape.image_tokens,
         "device": device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -56,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_shape(found)
+    found.add_argument("--family", choices=("flux", "sdxl"), default="flux", help="kind of model")
     found.add_argument("--checkpointing", action="store_true", help="recompute activations of blocks to save memory")
     found.add_argument("--every", type=int, default=1, help="with --checkpointing: recompute each n-th block")
     found.add_argument("--compile", action="store_true", help="compile each block with torch.compile")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import set_seed
 
 from library import caching, devices, garbage, inspection, log, placing, run_data
-from library.assembly import Job, Precision, Setting, assemble
+from library.assembly import Job, Precision, assemble
 from library.data import reports
 from library.data.dataset import TrainingData
 from library.families.base import Family
@@ -19,26 +19,24 @@ from library.hub import download_state
 from library.methods import preservation
 from library.methods.base import Method, table_lines, trained_table
 from library.option_groups import (
-    CacheToolOptions,
-    DatasetOptions,
     HubOptions,
     LengthOptions,
     MemoryOptions,
+    NetworkOptions,
     SampleOptions,
     SaveOptions,
     ScheduleOptions,
     StateOptions,
-    T5DtypeOptions,
     ValidationOptions,
 )
-from library.prompts import load_prompts
+from library.prompts import PromptRules, SampleRequest
 from library.train import loop, preflight, processes, resume, validation, watch
 from library.train.advice import Planner
 from library.train.conditions import Conditions, remember_prompts
 from library.train.forecast import GIB
 from library.train.plan import Plan, make_plan
 from library.train.ranks import Ranks
-from library.train.room import Room, check_cache_room, check_disk
+from library.train.room import Room, check_disk
 from library.train.setups import largest_batch, setup_of
 from library.types import DENOISER, Finding, Models, errors
 
@@ -55,7 +53,7 @@ def train(family_class: type[Family], method_class: type[Method], options: Optio
     with garbage.left_alone():
         ready = _prepare(family_class, method_class, options)
     options, family = ready.options, ready.family
-    if _only_looks(options):
+    if inspection.only_looks(options):
         return
     accelerator = processes.start(options)
     preflight.report(preflight.check_device(accelerator.device.type))
@@ -109,15 +107,20 @@ def _prepare(family_class: type[Family], method_class: type[Method], options: Op
     state_folder = _state_to_resume(options)
     scan = run_data.find(options, family)
     findings += [*scan.findings, *family.findings(), *preflight.check_combinations(options)]
-    findings += [*preflight.check_paths(options, load_prompts), *_about_validation(options, scan, method)]
+    findings += [
+        *preflight.check_paths(options, _prompt_rules(options, family).load),
+        *_about_validation(options, scan, method),
+        *run_data.about_texts(options, scan, family, method),
+    ]
     if errors(findings) or not scan.items:
         preflight.report([*findings, *preflight.check_rates(options)])
-    if not _only_looks(options):  # which shows more of it later
+    if not inspection.only_looks(options):  # which shows more of it later
         _show("data", reports.caption_table(scan.items, scan.reports))
     data, precision = run_data.of_scan(options, scan, family, 0), Precision.from_options(options)
     caches = caching.look(options, family, data, precision, method.changes_to_encoders())
     trained = method.trained_elements(family.part_shapes())
-    plan = _plan(options, data, _room(options, trained, precision, caches.bytes_needed(family, processes.world_size())))
+    room = _room(options, family, trained, precision, caches.bytes_needed(family, processes.world_size()))
+    plan = _plan(options, family, data, room)
     _show("plan", [*plan.lines(), *filter(None, (data.regularization_line(), data.validation_line()))])
     planner = _planner(options, family, method, data, trained)
     _show("memory", planner.lines())
@@ -125,7 +128,7 @@ def _prepare(family_class: type[Family], method_class: type[Method], options: Op
     folders = Path(options[SaveOptions].output_dir or "."), run_data.cache_folder(options, scan)
     findings += [*planner.findings(), *preflight.check_rates(options), *caches.findings(), *check_disk(plan, *folders)]
     preflight.report(findings)
-    if _only_looks(options) and processes.is_main():
+    if inspection.only_looks(options) and processes.is_main():
         inspection.inspect(options, family, data, [*plan.lines(), *planner.lines()])
     return _Ready(
         options=options,
@@ -138,33 +141,6 @@ def _prepare(family_class: type[Family], method_class: type[Method], options: Op
         planner=planner,
         state_folder=state_folder,
     )
-
-
-def _only_looks(options: Options) -> bool:
-    group = options[DatasetOptions]
-    return group.dry_run or group.debug_dataset
-
-
-def cache_latents(options: Options) -> None:
-    """Fills the latents cache of a dataset, on disk."""
-
-    def fill(job: Setting) -> None:
-        vae = job.family.load_vae(job.device, job.precision.vae) if job.caches.lack_latents else None
-        caching.fill_latents(job, vae)
-
-    _fill_only(options.with_values(cache_latents=True, cache_latents_to_disk=True), fill)
-
-
-def cache_text_encoder_outputs(options: Options) -> None:
-    """Fills the text cache of a dataset, on disk."""
-    name = options[T5DtypeOptions].t5xxl_dtype
-    dtypes = {} if name is None else {"t5xxl": devices.dtype_of(name, "--t5xxl_dtype")}
-
-    def fill(job: Setting) -> None:
-        names = job.family.encoder_names if job.caches.lack_text else ()
-        caching.fill_text(job, _load_encoders(job, names, dtypes))
-
-    _fill_only(options.with_values(cache_text_encoder_outputs=True, cache_text_encoder_outputs_to_disk=True), fill)
 
 
 # before a weight is loaded
@@ -194,7 +170,6 @@ def _about_validation(options: Options, scan: Scan, method: Method) -> Iterator[
 def _planner(options: Options, family: Family, method: Method, data: TrainingData, trained_elements: int) -> Planner:
     """What the run needs in memory, and what the device has."""
     device, given = devices.best_device(), options[MemoryOptions].vram
-    prompts = options[SampleOptions].sample_prompts
     shapes, model = family.part_shapes(), family.activations()
     batch, size = largest_batch(data.all_items, data.batch_sizes)
     setup = setup_of(
@@ -206,7 +181,7 @@ def _planner(options: Options, family: Family, method: Method, data: TrainingDat
         batch=batch,
         size=size,
         token_limits=family.token_limits(),
-        samples=[request.size for request in load_prompts(prompts)] if prompts else (),
+        samples=[request.size for request in _requests(options, family)],
         units=model.swap_units,
         device=device.type if given is None else "cuda",
     )
@@ -214,14 +189,14 @@ def _planner(options: Options, family: Family, method: Method, data: TrainingDat
     return Planner(shapes, model, setup, memory=memory, main_memory=devices.main_memory())
 
 
-def _room(options: Options, trained_elements: int, precision: Precision, cache_bytes: int) -> Room:
+def _room(options: Options, family: Family, trained_elements: int, precision: Precision, cache_bytes: int) -> Room:
+    written = None if options.has(NetworkOptions) else family.model_elements()
     name = options[SaveOptions].save_precision
     saved = precision.trained if name is None else devices.dtype_of(name)
-    return Room.of_training(trained_elements, precision.trained.itemsize, saved.itemsize, cache_bytes)
+    return Room.of_training(trained_elements, precision.trained.itemsize, saved.itemsize, cache_bytes, written)
 
 
-def _plan(options: Options, data: TrainingData, room: Room) -> Plan:
-    prompts = options[SampleOptions].sample_prompts
+def _plan(options: Options, family: Family, data: TrainingData, room: Room) -> Plan:
     return make_plan(
         images=data.images,
         regularization_images=data.regularization_images,
@@ -236,7 +211,7 @@ def _plan(options: Options, data: TrainingData, room: Room) -> Plan:
         save=options[SaveOptions],
         state=options[StateOptions],
         sample=options[SampleOptions],
-        prompts=len(load_prompts(prompts)) if prompts else 0,
+        prompts=len(_requests(options, family)),
         model_bytes=room.model,
         state_bytes=room.state,
         cache_bytes=room.caches,
@@ -267,7 +242,10 @@ def _encode_what_is_cached(job: Job, planner: Planner) -> Conditions:
     family, method, caches = job.family, job.method, job.caches
     samples = bool(job.options[SampleOptions].sample_prompts)
     conditions = Conditions(
-        family=family, models=Models(), device=job.device, trained=frozenset(method.trained_encoders())
+        family=family,
+        models=Models(unused=family.unused_parameters()),
+        device=job.device,
+        trained=frozenset(method.trained_encoders()),
     )
     live = family.encoder_names
     if caches.text is not None:
@@ -277,7 +255,7 @@ def _encode_what_is_cached(job: Job, planner: Planner) -> Conditions:
             caching.fill_text(job, encoders)
             if samples and job.ranks.is_main:
                 with job.accelerator.autocast():
-                    remember_prompts(conditions, encoders, _prompt_texts(job.options))
+                    remember_prompts(conditions, encoders, _prompt_texts(job.options, family))
         conditions.models.encoders = {name: encoders.pop(name) for name in live}
         del encoders
         devices.release_memory()
@@ -296,63 +274,27 @@ def _encode_what_is_cached(job: Job, planner: Planner) -> Conditions:
     return conditions
 
 
-def _load_encoders(
-    job: Setting, names: Sequence[str], dtypes: dict[str, torch.dtype] | None = None
-) -> dict[str, torch.nn.Module]:
+def _load_encoders(job: Job, names: Sequence[str]) -> dict[str, torch.nn.Module]:
     watch.heartbeat("loading the text encoders")
-    trained = frozenset(job.method.trained_encoders()) if isinstance(job, Job) else frozenset()
-    loaded = placing.load_encoders(job, names, trained, dtypes)
-    if isinstance(job, Job):
-        job.method.loaded(Models(encoders=loaded))
+    loaded = placing.load_encoders(job, names, frozenset(job.method.trained_encoders()))
+    job.method.loaded(Models(encoders=loaded))
     return loaded
 
 
-def _prompt_texts(options: Options) -> list[str]:
-    requests = load_prompts(str(options[SampleOptions].sample_prompts))
+def _prompt_rules(options: Options, family: Family) -> PromptRules:
+    return PromptRules.of(family.traits.name, options[SampleOptions].sample_sampler)
+
+
+def _requests(options: Options, family: Family) -> list[SampleRequest]:
+    """The sample images that are wanted; none without `--sample_prompts`."""
+    path = options[SampleOptions].sample_prompts
+    return _prompt_rules(options, family).load(path) if path else []
+
+
+def _prompt_texts(options: Options, family: Family) -> list[str]:
+    requests = _requests(options, family)
     negatives = [request.negative for request in requests if request.negative is not None]
     return [*(request.prompt for request in requests), *negatives]
-
-
-def _fill_only(options: Options, fill: Callable[[Setting], None]) -> None:
-    """What the cache tools share: everything but the training."""
-    from library.families.flux import Flux
-
-    if not options[CacheToolOptions].flux:
-        logger.info("the model family is FLUX.1 (--flux): it is the only one so far")
-    family = Flux.from_options(options)
-    scan = run_data.find(options, family)
-    findings: list[Finding] = [*scan.findings, *family.findings()]
-    preflight.report(findings)
-    _show("data", reports.caption_table(scan.items, scan.reports))
-    family.load_tokenizers()
-    data, precision = run_data.of_scan(options, scan, family, 0), Precision.from_options(options)
-    if _only_looks(options):
-        inspection.inspect(options, family, data, ())
-        return
-    caches = caching.look(options, family, data, precision, encoder_types=_encoder_types(options, precision))
-    preflight.report(
-        check_cache_room(caches.bytes_needed(family, processes.world_size()), run_data.cache_folder(options, scan))
-    )
-    accelerator = processes.start(options)
-    fill(
-        Setting(
-            options=options,
-            family=family,
-            data=data,
-            precision=precision,
-            caches=caches,
-            accelerator=accelerator,
-            ranks=Ranks.of_this_process(accelerator.device),
-        )
-    )
-    processes.leave()
-
-
-def _encoder_types(options: Options, precision: Precision) -> str | None:
-    """The types of the encoders where T5 has one of its own: outputs of another type are other outputs."""
-    name = options[T5DtypeOptions].t5xxl_dtype if options.has(T5DtypeOptions) else None
-    own = None if name is None else devices.dtype_of(name, "--t5xxl_dtype")
-    return None if own in (None, precision.frozen) else f"{precision.frozen}, t5xxl {own}"
 
 
 # loading what is trained

@@ -171,6 +171,7 @@ def assemble(
     if state_folder is None:  # --initial_step
         made.skip(state.step)
     made.begin_after(state.step)
+    method.begin_after(state.step)
     trackers = observing.trackers_of(job, made)
     record = Record(options, job.family, method, job.data, job.plan, made.optimizer_name)
     previews = observing.previews_of(job, conditions, stepper, trackers)

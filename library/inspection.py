@@ -12,7 +12,7 @@ from library.data.images import load_picture
 from library.data.loading import Clock, Sample, samples_of
 from library.data.sheet import SheetRow, contact_sheet, histogram_lines
 from library.log import DataError
-from library.option_groups import SaveOptions
+from library.option_groups import DatasetOptions, SaveOptions
 
 if TYPE_CHECKING:
     from library.data.dataset import TrainingData
@@ -25,6 +25,12 @@ SAMPLES = 60
 SAMPLES_OF_EACH_SUBSET = 3
 """At least so many, however small a subset is beside others."""
 MOST_SAMPLES = 500
+
+
+def only_looks(options: Options) -> bool:
+    """Whether that is all that is wanted."""
+    group = options[DatasetOptions]
+    return group.dry_run or group.debug_dataset
 
 
 def inspect(options: Options, family: Family, data: TrainingData, facts: Sequence[str]) -> None:

@@ -138,10 +138,10 @@ def training_metadata(
     values = {name: private(value) for name, value in facts.strings().items()}
     if network_args:
         values["ss_network_args"] = json.dumps({name: private(value) for name, value in network_args.items()})
+    values |= {f"ss_{name}": private(str(value)) for name, value in (family or {}).items()}
     if minimal:
         return {f"ss_{name}": values[f"ss_{name}"] for name in MINIMUM if f"ss_{name}" in values}
-    own = {f"ss_{name}": private(str(value)) for name, value in (family or {}).items()}
-    return {**values, **own, **(models or {}), **(dataset or {})}
+    return {**values, **(models or {}), **(dataset or {})}
 
 
 # facts of the dataset

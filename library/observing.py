@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from library import devices
 from library.methods.base import Method
 from library.option_groups import (
+    DreamBoothOptions,
     EmaOptions,
+    FullSaveOptions,
     HubOptions,
     NetworkOptions,
     SampleOptions,
@@ -20,7 +22,7 @@ from library.option_groups import (
     TrackerOptions,
     ValidationOptions,
 )
-from library.prompts import SampleRequest, load_prompts
+from library.prompts import PromptRules, SampleRequest
 from library.sampling import generate, to_image
 from library.train import density_picture, resume
 from library.train.best import Best
@@ -32,16 +34,21 @@ from library.train.schedules import LossSchedule
 from library.train.steppers import AnyStepper
 from library.train.trackers import ProgressLine, Trackers, learning_rates, open_trackers
 from library.train.validation import Validation
+from library.types import Saving
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
+    from torch import nn
 
     from library.assembly import Job
+    from library.families.base import Family
     from library.hub import Uploads
     from library.record import Record
     from library.stepping import Stepping
     from library.train.loop import Run
     from library.train.resume import Parts
+    from library.train.state import RunState
 
 
 def average_of(job: Job, settle: Callable[[], None] | None) -> MovingAverage | None:
@@ -56,7 +63,8 @@ def average_of(job: Job, settle: Callable[[], None] | None) -> MovingAverage | N
 def trackers_of(job: Job, made: Stepping) -> Trackers:
     """Where the numbers go."""
     names, stepper = [group.name for group in made.groups], made.stepper
-    project = "network_train" if job.options.has(NetworkOptions) else "finetuning"
+    tuning = "dreambooth" if job.options.has(DreamBoothOptions) else "finetuning"
+    project = "network_train" if job.options.has(NetworkOptions) else tuning
     return Trackers(
         trackers=open_trackers(
             job.options[TrackerOptions], config=job.options.public(), project=project, ranks=job.ranks
@@ -79,7 +87,11 @@ def checkpoints_of(
     options = job.options
     precision = options[SaveOptions].save_precision
     dtype = None if precision is None else devices.dtype_of(precision)
-    kind = options[NetworkOptions].save_model_as if options.has(NetworkOptions) else None
+    is_network = options.has(NetworkOptions)
+    kind = (options[NetworkOptions] if is_network else options[FullSaveOptions]).save_model_as
+    extension = f".{kind or 'safetensors'}" if is_network else job.family.model_extension(kind)
+    companion = partial(ema_path, extension=extension)
+    job.method.writes_by(partial(_write_model, job.family, kind, parts.state))
 
     def save_model(path: Path) -> None:
         metadata = record.of_save(parts.state)
@@ -87,15 +99,15 @@ def checkpoints_of(
             job.method.save(path, dtype, metadata)
         if average is not None:
             with average.in_place():
-                job.method.save(ema_path(path), dtype, metadata)
+                job.method.save(companion(path), dtype, metadata)
 
     return Checkpoints(
         options=options[SaveOptions],
         state_options=options[StateOptions],
         save_model=save_model,
-        companion=None if average is None else ema_path,
+        companion=None if average is None else companion,
         save_state=lambda folder: resume.save_state(folder, parts),
-        extension=f".{kind or 'safetensors'}",
+        extension=extension,
         every_epochs=job.plan.save_every_epochs,
         epochs=job.plan.epochs,
         weights=lambda: job.method.state_dict().items(),
@@ -105,6 +117,20 @@ def checkpoints_of(
     )
 
 
+def _write_model(
+    family: Family,
+    kind: str | None,
+    state: RunState,
+    path: Path,
+    trained: Mapping[str, nn.Module],
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str] | None,
+) -> None:
+    """Has a family write a whole model around what is trained."""
+    saving = Saving(kind=kind, dtype=dtype, metadata=metadata, epoch=state.current_epoch, steps=state.step)
+    family.save_model(path, trained, saving)
+
+
 def previews_of(job: Job, conditions: Conditions, stepper: AnyStepper, trackers: Trackers) -> Previews:
     """What makes samples."""
     save = job.options[SaveOptions]
@@ -112,7 +138,7 @@ def previews_of(job: Job, conditions: Conditions, stepper: AnyStepper, trackers:
         options=job.options[SampleOptions],
         output_dir=Path(save.output_dir or "."),
         output_name=save.output_name,
-        parse=load_prompts,
+        parse=PromptRules.of(job.family.traits.name, job.options[SampleOptions].sample_sampler).load,
         render=lambda request, index: _render(job, conditions, request),
         evaluating=partial(_evaluating, job.method, stepper),
         trackers=trackers,
@@ -145,8 +171,10 @@ def _render(job: Job, conditions: Conditions, request: SampleRequest) -> Image:
             objective=family.objective(),
             cond=conditions.of_prompt(request.prompt),
             negative_cond=None if request.negative is None else conditions.of_prompt(request.negative),
+            size_cond=family.size_cond,
             latent_channels=family.traits.latent_channels,
             stride=family.traits.latent_stride,
+            patch=family.traits.patch,
             shift=family.sampling_shift(),
             device=job.device,
         )

@@ -412,7 +412,9 @@ class OptimizerOptions:
     use_8bit_adam: bool = option(False, help="old spelling of --optimizer_type AdamW8bit; not together with it")
     use_lion_optimizer: bool = option(False, help="old spelling of --optimizer_type Lion; not together with it")
     learning_rate: float = option(
-        2e-6, help="learning rate; about 1.0 for D-adaptation and Prodigy", example="1e-4", least=0
+        2e-6,
+        help="learning rate; about 1.0 for D-adaptation and Prodigy; 0 freezes what has no rate of its own",
+        example="1e-4",
     )
     max_grad_norm: float = option(1.0, help="gradients are scaled down to this norm; 0 for no limit", least=0)
     fused_backward_pass: bool = option(
@@ -572,7 +574,8 @@ class FullSaveOptions:
 
     save_model_as: str | None = option(
         choices=(None, "ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
-        help="format of the saved model; FLUX models are always safetensors in the original layout",
+        help="format of the saved model: a file in the original layout (safetensors, ckpt) or a folder in that of "
+        "Diffusers; a file or a folder as the base model is one when not given",
     )
     use_safetensors: bool = option(False, help="save as safetensors when --save_model_as is not given")
     mem_eff_save: bool = option(False, help="accepted: models are always written tensor by tensor")
@@ -778,6 +781,61 @@ class FluxFullOptions:
     skip_latents_validity_check: bool = option(False, help="old spelling of --skip_cache_check")
 
 
+_TRAINED_RATE = "; 0 freezes it; negative rates make the loss grow"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainEncoderOptions:
+    """Fine-tuning of text encoders."""
+
+    train_text_encoder: bool = option(False, help="train the text encoders, too")
+    diffusers_xformers: bool = option(False, help="like --xformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderRateOptions:
+    """Learning rate of the text encoder."""
+
+    learning_rate_te: float | None = option(
+        help=f"learning rate of the text encoder; --learning_rate when not given{_TRAINED_RATE}", example="1e-6"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothOptions:
+    """DreamBooth."""
+
+    stop_text_encoder_training: int | None = option(
+        help="train the text encoder up to this step and freeze it then; -1 never trains it; it is trained to the end "
+        "when not given"
+    )
+    no_token_padding: bool = option(
+        False, help="captions aren't filled up to --max_token_length; only with batches of one image"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdxlFullOptions:
+    """Fine-tuning of SDXL."""
+
+    learning_rate_te1: float | None = option(
+        help=f"learning rate of the first text encoder; --learning_rate when not given{_TRAINED_RATE}", example="1e-6"
+    )
+    learning_rate_te2: float | None = option(
+        help=f"learning rate of the second text encoder; --learning_rate when not given{_TRAINED_RATE}", example="1e-6"
+    )
+    block_lr: str | None = option(
+        help="23 learning rates of the U-Net's blocks, separated by commas, instead of --learning_rate; 0 freezes a "
+        "block",
+        example="1e-6,1e-6,0,0,... (23 numbers)",
+    )
+    fused_optimizer_groups: int | None = option(
+        help="cut the parameters into this many groups, each stepped during the backward pass by an optimizer of its "
+        "own, which saves the memory of the gradients",
+        least=0,
+    )
+
+
 # tools
 
 
@@ -785,7 +843,7 @@ class FluxFullOptions:
 class CacheToolOptions:
     """Caching."""
 
-    flux: bool = option(False, help="the cache is for FLUX.1")
+    flux: bool = option(False, help="the cache is for FLUX.1; SD 1.x and 2.x when nothing tells")
     sdxl: bool = option(False, help="the cache is for SDXL")
     skip_existing: bool = option(
         False, help="leave files alone that exist; they are always checked, and right ones kept"
@@ -1236,20 +1294,21 @@ _CACHING_IGNORED = {
         ("guidance_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type", "discrete_flow_shift"),
         _UNTRAINED,
     ),
-    **dict.fromkeys(("v2", "v_parameterization", "clip_skip", "max_token_length", "weighted_captions"), _SD_ONLY),
-    "vae": "the autoencoder of FLUX is named by --ae",
-    "zero_terminal_snr": _UNTRAINED,
+    **dict.fromkeys(("v_parameterization", "zero_terminal_snr"), _UNTRAINED),
     **dict.fromkeys(("max_data_loader_n_workers", "persistent_data_loader_workers"), "images are read by threads"),
     "highvram": _HIGHVRAM,
     "skip_existing": "files that exist are always checked, and right ones kept",
 }
 _NO_TEXT, _NO_IMAGES = "only latents are cached here", "only text encoder outputs are cached here"
 _TEXT_ONLY = (
-    *("clip_l", "t5xxl", "pretrained_model_name_or_path", "tokenizer_cache_dir"),
+    *("clip_l", "t5xxl", "tokenizer_cache_dir", "clip_skip", "max_token_length", "weighted_captions"),
     *("t5xxl_max_token_length", "apply_t5_attn_mask", "text_encoder_batch_size"),
     *("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
 )
-_IMAGES_ONLY = ("ae", "vae_batch_size", "cache_latents", "cache_latents_to_disk", "resize_interpolation", "flip_aug")
+_IMAGES_ONLY = (
+    *("ae", "vae", "vae_batch_size", "cache_latents", "cache_latents_to_disk"),
+    *("resize_interpolation", "flip_aug"),
+)
 
 # scripts
 
@@ -1300,7 +1359,7 @@ CACHE_LATENTS = Script(
     name="tools/cache_latents.py",
     summary="Encodes the images of a dataset once and stores the latents beside them.",
     groups=(*_CONSOLE, CacheToolOptions, *_DATASET, VaePrecisionOptions, *_TRAINING, PriorLossOptions),
-    pending={**_DATASET_PENDING, "sdxl": "SDXL comes later"},
+    pending=_DATASET_PENDING,
     ignored={**_CACHING_IGNORED, **dict.fromkeys(_TEXT_ONLY, _NO_TEXT)},
 )
 
@@ -1308,7 +1367,7 @@ CACHE_TEXT_ENCODER_OUTPUTS = Script(
     name="tools/cache_text_encoder_outputs.py",
     summary="Encodes the captions of a dataset once and stores the text encoder outputs beside the images.",
     groups=(*_CONSOLE, CacheToolOptions, *_DATASET, T5DtypeOptions, *_TRAINING, PriorLossOptions),
-    pending={**_DATASET_PENDING, "sdxl": "SDXL comes later"},
+    pending=_DATASET_PENDING,
     ignored={**_CACHING_IGNORED, **dict.fromkeys(_IMAGES_ONLY, _NO_IMAGES)},
 )
 
@@ -1535,13 +1594,74 @@ LATENT_UPSCALER = Script(
     groups=(LatentUpscalerOptions,),
 )
 
-SCRIPTS = (
-    *(FLUX_TRAIN_NETWORK, FLUX_TRAIN, FLUX_MINIMAL_INFERENCE, CACHE_LATENTS, CACHE_TEXT_ENCODER_OUTPUTS, SHOW_METADATA),
-    *(FLUX_MERGE_LORA, FLUX_EXTRACT_LORA, CONVERT_FLUX_LORA, CONVERT_DIFFUSERS_TO_FLUX),
-    *(MERGE_LORA, SDXL_MERGE_LORA, MERGE_LORA_OLD, SVD_MERGE_LORA, CHECK_LORA_WEIGHTS, LORA_INTERROGATOR),
-    *(MERGE_MODELS, CONVERT_DIFFUSERS20_ORIGINAL_SD),
-    *(CONVERT_LORA, CANNY, RESIZE_IMAGES, DETECT_FACE_ROTATE, LATENT_UPSCALER),
-    *(RESIZE_LORA, EXTRACT_LORA_FROM_MODELS, EXTRACT_LORA_FROM_DYLORA),
+# fine-tuning of Stable Diffusion and SDXL
+
+_SD_FULL_PENDING = {name: why for name, why in _TRAINING_PENDING.items() if not name.startswith("model_type")}
+_FEW_BITS = dict.fromkeys(
+    ("fp8_scaled", "int8_base", "nf4_base", "fp8_compute", "int8_compute"),
+    "what is trained can't be held in so few bits; use --full_bf16",
+)
+_SD_FULL_IGNORED = {
+    name: _FLUX_IGNORED[name]
+    for name in ("highvram", "mem_eff_attn", "ddp_gradient_as_bucket_view", "ddp_static_graph")
+}
+_NO_TEXT_FILES = {
+    "cache_text_encoder_outputs_to_disk": "there are no such files for Stable Diffusion; "
+    "--cache_text_encoder_outputs keeps them in memory"
+}
+_SD_FULL = (
+    *(*_CONSOLE, ModelOptions, LegacySDOptions, DatasetOptions, CaptionOptions, CacheOptions, TextCacheOptions),
+    *(VaePrecisionOptions, FullSaveOptions, *(group for group in _TRAINING if group is not FlowDensityOptions)),
+    *(*_TRAINERS_ONLY, PriorLossOptions, ValidationOptions, EmaOptions),
+)
+
+TRAIN_DB = Script(
+    name="train_db.py",
+    summary="Fine-tunes Stable Diffusion 1.x or 2.x on a subject or a style (DreamBooth).",
+    groups=(*_SD_FULL, EncoderRateOptions, DreamBoothOptions),
+    pending=_SD_FULL_PENDING,
+    refused={**_FEW_BITS, **_NO_TEXT_FILES},
+    ignored=_SD_FULL_IGNORED,
+)
+
+FINE_TUNE = Script(
+    name="fine_tune.py",
+    summary="Fine-tunes Stable Diffusion 1.x or 2.x.",
+    groups=(*_SD_FULL, TrainEncoderOptions, EncoderRateOptions),
+    pending=_SD_FULL_PENDING,
+    refused={**_FEW_BITS, **_NO_TEXT_FILES},
+    ignored=_SD_FULL_IGNORED,
+)
+
+SDXL_TRAIN = Script(
+    name="sdxl_train.py",
+    summary="Fine-tunes SDXL.",
+    groups=(*_SD_FULL, TrainEncoderOptions, SdxlFullOptions),
+    pending=_SD_FULL_PENDING,
+    refused={**_FEW_BITS, "v2": "sdxl_train.py is for SDXL; use fine_tune.py or train_db.py"},
+    ignored={**_SD_FULL_IGNORED, "clip_skip": "SDXL always takes the layers that it was made with"},
+)
+
+# networks for Stable Diffusion and SDXL
+
+_SD_NETWORK = (*(group for group in _SD_FULL if group is not FullSaveOptions), NetworkOptions)
+
+TRAIN_NETWORK = Script(
+    name="train_network.py",
+    summary="Trains a LoRA or another network on Stable Diffusion 1.x or 2.x.",
+    groups=_SD_NETWORK,
+    pending=_SD_FULL_PENDING,
+    refused=_NO_TEXT_FILES,
+    ignored=_SD_FULL_IGNORED,
+)
+
+SDXL_TRAIN_NETWORK = Script(
+    name="sdxl_train_network.py",
+    summary="Trains a LoRA or another network on SDXL.",
+    groups=_SD_NETWORK,
+    pending=_SD_FULL_PENDING,
+    refused={"v2": "sdxl_train_network.py is for SDXL; use train_network.py"},
+    ignored={**_SD_FULL_IGNORED, "clip_skip": "SDXL always takes the layers that it was made with"},
 )
 
 # image generation with SDXL
@@ -1592,4 +1712,14 @@ SDXL_MINIMAL_INFERENCE = Script(
     name="sdxl_minimal_inference.py",
     summary="Makes images with SDXL.",
     groups=(SdxlInferenceOptions,),
+)
+
+SCRIPTS = (
+    *(FLUX_TRAIN_NETWORK, FLUX_TRAIN, FLUX_MINIMAL_INFERENCE, CACHE_LATENTS, CACHE_TEXT_ENCODER_OUTPUTS, SHOW_METADATA),
+    *(TRAIN_NETWORK, SDXL_TRAIN_NETWORK, TRAIN_DB, FINE_TUNE, SDXL_TRAIN, SDXL_MINIMAL_INFERENCE),
+    *(FLUX_MERGE_LORA, FLUX_EXTRACT_LORA, CONVERT_FLUX_LORA, CONVERT_DIFFUSERS_TO_FLUX),
+    *(MERGE_LORA, SDXL_MERGE_LORA, MERGE_LORA_OLD, SVD_MERGE_LORA, CHECK_LORA_WEIGHTS, LORA_INTERROGATOR),
+    *(MERGE_MODELS, CONVERT_DIFFUSERS20_ORIGINAL_SD),
+    *(CONVERT_LORA, CANNY, RESIZE_IMAGES, DETECT_FACE_ROTATE, LATENT_UPSCALER),
+    *(RESIZE_LORA, EXTRACT_LORA_FROM_MODELS, EXTRACT_LORA_FROM_DYLORA),
 )

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, cast
@@ -229,12 +231,20 @@ def _metavar(spec: Option) -> str:
     return "PATH" if spec.path else names[spec.kind]
 
 
+_EXPONENT = re.compile(r"\A-\d*\.?\d+[eE][-+]?\d{1,2}\Z")
+
+
+def _written_out(number: re.Match[str]) -> str:
+    """A negative number without exponent: `-1e-4` would be taken for an option, `-0.0001` isn't."""
+    return format(Decimal(number[0]), "f")
+
+
 def _from_command_line(script: Script, words: list[str]) -> dict[str, Any]:
     """Name -> value of what is on the command line."""
     flags = {spec.name for spec in script.options() if spec.kind == "bool"}
     negations = {f"--no_{name}": name for name in flags if script.option(f"no_{name}") is None}
     switched_off = {negations[word] for word in words if word in negations}
-    words = [word for word in words if word not in negations]
+    words = [_EXPONENT.sub(_written_out, word) for word in words if word not in negations]
     namespace, rest = build_parser(script).parse_known_args(words)
     raise_all(_stray_words(script, words, rest))
     values: dict[str, Any] = vars(namespace)

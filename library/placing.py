@@ -17,7 +17,7 @@ from library.option_groups import (
     NetworkOptions,
     OffloadOptions,
 )
-from library.train.forecast import blocks_of
+from library.train.forecast import blocks_of, named_blocks
 from library.train.plan import readable_bytes
 from library.train.setups import storage_of, swap_of
 from library.types import DENOISER, Models
@@ -56,13 +56,15 @@ def load_encoders(
 ) -> dict[str, nn.Module]:
     """The named text encoders on the device; those that aren't trained in few bits, if that is wanted."""
     scheme = storage_of(job.options).encoders
+    beside = job.options.has(NetworkOptions)  # what is trained isn't the encoder itself
     loaded: dict[str, nn.Module] = {}
     for name in names:
         kind = None if name in trained else scheme
+        own = job.precision.trained if name in trained and not beside else job.precision.frozen
         loaded |= job.family.load_encoders(
             [name],
             job.device,
-            (dtypes or {}).get(name, job.precision.frozen),
+            (dtypes or {}).get(name, own),
             quantized.storing(kind) if kind else None,
             quantized.keeps_float8(kind),
         )
@@ -79,7 +81,7 @@ def load_denoiser(job: Job, streamed: int) -> nn.Module:
     scheme = storage.denoiser if is_network else None
     product = quantized.eight_bit_product(storage.compute, device) if scheme and storage.compute else None
     store = quantized.storing(scheme, product) if scheme else None
-    dtype = job.precision.frozen if is_network else job.precision.trained
+    dtype = job.precision.frozen if DENOISER in job.method.frozen() or is_network else job.precision.trained
     at_home = _at_home(job, streamed)
     if is_network and job.options[NetworkOptions].base_weights and (store or streamed):
         denoiser = job.family.load_denoiser(torch.device("cpu"), dtype)
@@ -94,8 +96,7 @@ def load_denoiser(job: Job, streamed: int) -> nn.Module:
 
 def _at_home(job: Job, streamed: int) -> tuple[str, ...]:
     """Beginnings of the names of the modules that are streamed."""
-    blocks = blocks_of(job.family.part_shapes()[DENOISER], job.family.activations().block_lists)
-    names = [".".join(next(iter(block)).split(".")[:2]) for block in blocks]
+    names = list(named_blocks(job.family.part_shapes()[DENOISER], job.family.activations().block_lists))
     return tuple(f"{names[index]}." for index in streaming.spread(len(names), streamed))
 
 

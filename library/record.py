@@ -18,6 +18,7 @@ from library.log import UserError
 from library.metadata import BucketFacts, DatasetFacts, SubsetFacts, TrainingFacts
 from library.option_groups import (
     DatasetOptions,
+    LegacySDOptions,
     MetadataOptions,
     ModelOptions,
     NetworkOptions,
@@ -75,6 +76,7 @@ class Record:
             license=group.metadata_license,
             tags=group.metadata_tags,
             timesteps=(noise.min_timestep, noise.max_timestep),
+            **self.family.modelspec(),
         )
         further = {f"modelspec.{name}": str(getattr(group, f"metadata_{name}") or "") for name in FURTHER_MODELSPEC}
         if group.metadata_thumbnail:
@@ -121,7 +123,10 @@ class Record:
     def _base_model(self) -> dict[str, str]:
         if self.options[NetworkOptions].no_metadata:
             return {}
-        return metadata.base_model(self.options[ModelOptions].pretrained_model_name_or_path)
+        found = metadata.base_model(self.options[ModelOptions].pretrained_model_name_or_path)
+        if "vae" not in self.options.script.ignored:
+            found |= metadata.base_model(self.options[LegacySDOptions].vae, "vae")
+        return found
 
     @cached_property
     def _dataset(self) -> dict[str, str]:

@@ -12,12 +12,20 @@ from library.data import config, reports, sources
 from library.data.caption_cache import cache_problem
 from library.data.dataset import TrainingData
 from library.log import DataError
-from library.option_groups import CacheOptions, DatasetOptions, LengthOptions, PriorLossOptions, TextCacheOptions
+from library.option_groups import (
+    CacheOptions,
+    DatasetOptions,
+    DreamBoothOptions,
+    LengthOptions,
+    PriorLossOptions,
+    TextCacheOptions,
+)
 from library.places import cache_home
 from library.types import Finding
 
 if TYPE_CHECKING:
     from library.families.base import Family
+    from library.methods.base import Method
     from library.options import Options
     from library.train.plan import Plan
 
@@ -54,6 +62,18 @@ def _uncacheable(scan: sources.Scan, variants: int) -> Iterator[Finding]:
             if problem is not None:
                 what = f"{problem[0]} changes captions each time, but text encoder outputs are cached"
                 yield Finding(error=True, what=what, where=subset.where, hint=problem[1], code="E-OPTION")
+
+
+def about_texts(options: Options, scan: sources.Scan, family: Family, method: Method) -> Iterator[Finding]:
+    """What options about text outputs ask for that the training, or the batches, don't allow."""
+    if options[TextCacheOptions].cache_text_encoder_outputs and set(family.encoder_names) <= method.trained_encoders():
+        what = "it does nothing: every text encoder is trained, and so runs for each batch"
+        yield Finding(error=False, what=what, where="--cache_text_encoder_outputs", hint="leave it out")
+    large = [settings for settings in scan.config.datasets if settings.batch_size > 1]
+    if options.has(DreamBoothOptions) and options[DreamBoothOptions].no_token_padding and large:
+        what = f"captions of different lengths make no batch of {large[0].batch_size} images"
+        hint = "give --train_batch_size 1, or leave it out"
+        yield Finding(error=True, what=what, where="--no_token_padding", hint=hint, code="E-OPTION")
 
 
 def cache_folder(options: Options, scan: sources.Scan) -> Path:

@@ -10,13 +10,12 @@ from library.log import get_logger
 from library.methods.base import Method, ParamGroup
 from library.models import memory
 from library.option_groups import (
-    FluxFullOptions,
     OptimizerOptions,
     PrecisionOptions,
     ScheduleOptions,
 )
-from library.train import optimizers, schedules
-from library.train.fused import BlockwiseStepper, FusedStepper, by_blocks
+from library.train import optimizers, schedules, setups
+from library.train.fused import BlockwiseStepper, FusedStepper, by_blocks, by_number
 from library.train.optimizers import Built
 from library.train.rounding import Rounding
 from library.train.schedules import Scheduler
@@ -68,8 +67,11 @@ def create(
     """
     groups = method.param_groups()
     wanted = [group.for_optimizer() for group in groups]
-    blockwise = options.has(FluxFullOptions) and options[FluxFullOptions].blockwise_fused_optimizers
-    parts = by_blocks(wanted, memory.blocks(denoiser)) if blockwise else [wanted]
+    cut = setups.cut_of(options)
+    if cut == setups.BLOCKS:
+        parts = by_blocks(wanted, memory.blocks(denoiser))
+    else:
+        parts = by_number(wanted, options.value(cut)) if cut == setups.NUMBER else [wanted]
     built = [_built(options, part) for part in parts]
     for warning in dict.fromkeys(warning for one in built for warning in one.warnings):
         logger.warning(warning)
@@ -80,7 +82,7 @@ def create(
         for one in built
     ]
     return Stepping(
-        stepper=_stepper(options, accelerator, method, built, scheds, seed, blockwise=blockwise),
+        stepper=_stepper(options, accelerator, method, built, scheds, seed, cut=cut),
         optimizers=[one.optimizer for one in built],
         schedulers=scheds,
         groups=groups,
@@ -100,7 +102,7 @@ def _stepper(
     scheds: Sequence[Scheduler],
     seed: int,
     *,
-    blockwise: bool,
+    cut: str | None,
 ) -> AnyStepper:
     params = method.parameters()
     common: dict[str, Any] = {
@@ -110,8 +112,9 @@ def _stepper(
         "alone": all(one.alone for one in built),
         "rounding": Rounding(params, seed) if options[PrecisionOptions].full_bf16 else None,
     }
-    if blockwise:
-        return BlockwiseStepper(optimizers=[one.optimizer for one in built], schedulers=scheds, **common)
+    if cut:
+        plain = [one.optimizer for one in built]
+        return BlockwiseStepper(optimizers=plain, schedulers=scheds, option=f"--{cut}", **common)
     one = {"scheduler": scheds[0], "params": params, **common}
     if options[OptimizerOptions].fused_backward_pass:
         return FusedStepper(optimizer=built[0].optimizer, **one)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 Cond = dict[str, "Tensor"]
@@ -43,6 +44,8 @@ class Traits:
     latent_channels: int
     latent_stride: int
     """Pixels per latent cell."""
+    latent_scale: float = 1.0
+    """What the latents that `Family.encode_images` gives, and that caches hold, are multiplied by for the denoiser."""
     patch: int = 2
     """Latent cells per side of a token of the denoiser; 1 for a U-Net. Sides of sample images are whole tokens."""
     bucket_step: int
@@ -65,7 +68,7 @@ class Batch:
     """Image paths, for messages."""
     captions: list[str]
     latents: Tensor | None = None
-    """(B, C, h, w), scaled as the denoiser wants them."""
+    """(B, C, h, w), as caches hold them."""
     pixels: Tensor | None = None
     """(B, 3, H, W) in [-1, 1], when latents aren't cached."""
     cond: Cond | None = None
@@ -183,6 +186,22 @@ class Models:
     vae: nn.Module | None = None
     encoders: dict[str, nn.Module] = field(default_factory=dict)
     """Text encoders by name (`clip_l`, `t5xxl`, …), in the order of the family's `encoder_names`."""
+    unused: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Beginnings of the names of parameters of text encoders on which what they say doesn't depend."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class Saving:
+    """How a whole model is written."""
+
+    kind: str | None = None
+    """As `--save_model_as`; None: as the model was that the training started from."""
+    dtype: torch.dtype | None = None
+    """Of what is written; None: as it is in memory and in the files."""
+    metadata: Mapping[str, str] | None = None
+    epoch: int = 0
+    """Of this run, as is `steps`."""
+    steps: int = 0
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -28,17 +28,24 @@ from library.option_groups import (
     CANNY,
     EXTRACT_LORA_FROM_DYLORA,
     EXTRACT_LORA_FROM_MODELS,
+    FINE_TUNE,
     FLUX_MINIMAL_INFERENCE,
     FLUX_TRAIN,
     FLUX_TRAIN_NETWORK,
     LATENT_UPSCALER,
     LORA_INTERROGATOR,
     SCRIPTS,
+    SDXL_MINIMAL_INFERENCE,
+    SDXL_TRAIN,
+    SDXL_TRAIN_NETWORK,
+    TRAIN_DB,
+    TRAIN_NETWORK,
 )
 from library.option_types import Script
 from library.options import parse
 from tests import tiny_sd
 from tests.cells import write_images
+from tests.cells_sd import write_models
 from tests.networks.test_flux_tools import diffusers_folder
 from tests.tools.test_image_tools import FakeDetector
 
@@ -137,6 +144,7 @@ class Tiny:
             "diffusers_path": str(diffusers_folder(models["flux"], folder / "FLUX.1-dev")),
             "dataset_config": str(folder / "cats.toml"),
             "train_data_dir": str(folder / "train"),
+            "reg_data_dir": str(write_images(folder / "reg" / "1_cat", [(64, 64)]).parent),
             "output_dir": str(folder / "output"),
             "logging_dir": str(folder / "logs"),
             "sample_prompts": str(folder / "prompts.txt"),
@@ -148,34 +156,53 @@ class Tiny:
             "height": "64",
             "steps": "1",
         }
+        self.others = write_models(folder)
         base = {name: self.values[name] for name in (*models.keys() - {"flux", "tokenizers"}, "dataset_config")}
         base |= {"pretrained_model_name_or_path": str(models["flux"]), "network_module": "networks.lora_flux"}
         base |= {"output_dir": self.values["output_dir"], "output_name": "my_cat"}
         self.own = tools_for_networks(folder) | write_for_image_tools(folder, images)
         write_for_sd_tools(folder, models["tokenizers"])
-        self.config = folder / "my_cat.toml"
-        self.config.write_text(
-            "".join(f"{name} = '{value}'\n" for name, value in base.items()), encoding="utf-8", newline="\n"
-        )
+        self.config = self._write("my_cat.toml", base)
+        shared = {name: base[name] for name in ("dataset_config", "output_dir", "output_name")}
+        self.configs = {
+            name: self._write(f"my_cat_{name}.toml", {**shared, "network_module": "networks.lora", **self._model(name)})
+            for name in ("sd1", "sd2", "sdxl")
+        }
+
+    def _write(self, name: str, values: dict[str, str]) -> Path:
+        lines = "".join(f"{key} = '{value}'\n" for key, value in values.items())
+        (self.folder / name).write_text(lines, encoding="utf-8", newline="\n")
+        return self.folder / name
+
+    def _model(self, name: str) -> dict[str, str]:
+        return {"pretrained_model_name_or_path": str(self.others[name])}
 
     def command(self, script: Script, arguments: list[str]) -> list[str]:
         """The command with files that are there, one step long."""
         made = list(arguments)
+        is_xl = script in (SDXL_TRAIN_NETWORK, SDXL_TRAIN) or "--sdxl" in made
+        other = "sdxl" if is_xl else "sd1" if script in (TRAIN_NETWORK, TRAIN_DB, FINE_TUNE) else ""
+        other = "sd2" if "--v2" in made else other
+        config = self.configs.get(other, self.config)
         if "--config_file" in made:
-            made[made.index("--config_file") + 1] = str(self.config)
+            made[made.index("--config_file") + 1] = str(config)
         elif script in TRAINERS and "--pretrained_model_name_or_path" not in made:
-            made += ["--config_file", str(self.config), "--dataset_config", ""]
-        for name, value in (self.values | self.own.get(script.name, {})).items():
+            made += ["--config_file", str(config), "--dataset_config", ""]
+        values = {**self.values, **(self._model(other) if other else {}), **self.own.get(script.name, {})}
+        for name, value in values.items():
             if f"--{name}" in arguments:
                 made += [f"--{name}", value]
-        if script is FLUX_MINIMAL_INFERENCE:
+        if script in (FLUX_MINIMAL_INFERENCE, SDXL_MINIMAL_INFERENCE):
             made += ["--width", "64", "--height", "64", "--steps", "1"]
+        if script is SDXL_MINIMAL_INFERENCE:
+            network = self.folder / "output" / "my_xl_cat.safetensors"
+            made += ["--ckpt_path", str(self.others["sdxl"]), "--lora_weights", str(network), "--dtype", "float32"]
         if script in TRAINERS:
             made += ["--max_train_steps", "1", "--max_data_loader_n_workers", "0"]
         return made
 
 
-TRAINERS = (FLUX_TRAIN_NETWORK, FLUX_TRAIN)
+TRAINERS = (FLUX_TRAIN_NETWORK, FLUX_TRAIN, TRAIN_NETWORK, SDXL_TRAIN_NETWORK, TRAIN_DB, FINE_TUNE, SDXL_TRAIN)
 
 
 def tools_for_networks(folder: Path) -> dict[str, dict[str, str]]:

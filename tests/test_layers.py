@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
         (
             "library.app",
             "library.assembly",
+            "library.cache_tools",
             "library.caching",
             "library.record",
             "library.run_data",
@@ -53,7 +54,7 @@ HEAVY = ("torch", "torchvision", "transformers", "diffusers", "accelerate", "num
 CODE_RUNNERS = {"eval", "exec", "compile", "__import__"}
 UNPICKLERS = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")
 VAGUE = {"utils", "util", "common", "helper", "helpers", "misc"}
-MAY_NAME_FAMILIES = ("library.app", "library.assembly", "library.generate", "library.families")
+MAY_NAME_FAMILIES = ("library.app", "library.cache_tools", "library.assembly", "library.generate", "library.families")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from library.families.flux import Flux, FluxFiles
 from library.generate.flux import Dtypes
 from library.generate.painter import LoraFile, Painter
 from library.methods.full import Full
+from library.methods.full_rates import FullRates
+from library.methods.rates import Rate
 from library.models.memory import checkpoint_blocks
 from library.models.quantized import store_linears
 from library.randomness import Draws
@@ -124,7 +126,7 @@ def test_checkpointing_the_whole_denoiser_changes_nothing(autocast: bool, stored
     answers = []
     for checkpointed in (False, True):
         denoiser = tiny_models.flux()
-        method = Full(1e-3, "--learning_rate", stored)
+        method = Full(FullRates(denoiser=Rate(1e-3, "--learning_rate")), stored)
         method.attach(Models(denoiser=denoiser))
         if checkpointed:
             checkpoint_blocks(denoiser)

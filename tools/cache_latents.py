@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the options, which needs none of the heavy imports below, and fills the cache."""
     options = parse(CACHE_LATENTS, argv)
     with garbage.left_alone():
-        from library.app import cache_latents
+        from library.cache_tools import cache_latents
 
     cache_latents(options)
 

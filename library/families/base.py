@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from library.models.activations import ActivationModel
-from library.types import Cond, Finding, Posterior, Size, Tokens, Traits
+from library.types import Cond, Finding, Posterior, Saving, Size, Tokens, Traits
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +83,7 @@ class Family(Protocol):
         """What the given encoders say; those that aren't given leave their arrays out."""
 
     def encode_images(self, vae: nn.Module, pixels: Tensor) -> Posterior:
-        """The posterior of the latents (B, C, h, w), scaled as the denoiser wants them, of pixels (B, 3, H, W).
+        """The posterior of the latents (B, C, h, w), without `Traits.latent_scale`, of pixels (B, 3, H, W).
 
         Pixels are in [-1, 1].
         """
@@ -120,5 +121,23 @@ class Family(Protocol):
     def architecture(self) -> str:
         """`modelspec.architecture` of the base model."""
 
+    def modelspec(self) -> dict[str, Any]:
+        """Arguments of `library.metadata.build_modelspec` that only the family knows."""
+
     def metadata(self) -> dict[str, object]:
-        """Family-specific `ss_*` values, names without the prefix."""
+        """Family-specific `ss_*` values, names without the prefix; they win over the values of options."""
+
+    def unused_parameters(self) -> Mapping[str, Sequence[str]]:
+        """Beginnings of the names of parameters of text encoders, by encoder, on which `encode_text` doesn't depend."""
+
+    def model_elements(self) -> int:
+        """How many numbers a whole model holds that `save_model` writes, from the headers only."""
+
+    def model_extension(self, kind: str | None) -> str:
+        """What the name of a whole model ends in, saved as `--save_model_as` says, with its dot; empty: a folder."""
+
+    def save_model(self, path: Path, parts: Mapping[str, nn.Module], saving: Saving) -> None:
+        """Writes a whole model, whole or not at all: these parts, by name, and the others from where they came.
+
+        Errors: ResourceError for a full disk and the like.
+        """

@@ -24,6 +24,8 @@ class ClipTokenizing:
     """Whether brackets in captions mean weights."""
     padded: bool = True
     """Whether all captions become equally long; if not, a batch must hold one."""
+    filler: int | None = None
+    """What captions are filled up with; None: what the tokenizer says."""
 
     @property
     def eos(self) -> int:
@@ -33,7 +35,7 @@ class ClipTokenizing:
     @property
     def pad(self) -> int:
         """What captions are filled up with."""
-        return int(self.tokenizer.pad_token_id)
+        return int(self.tokenizer.pad_token_id) if self.filler is None else self.filler
 
     @property
     def rows(self) -> int:
@@ -53,14 +55,9 @@ class ClipTokenizing:
         return [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
 
     def _plain(self, captions: Sequence[str]) -> Tensor:
-        ids: Tensor = self.tokenizer(
-            list(captions),
-            padding="max_length" if self.padded else False,
-            truncation=True,
-            max_length=self.length + 2,
-            return_tensors="pt",
-        )["input_ids"]
-        return ids
+        length = self.length + 2
+        found = self.tokenizer(list(captions), truncation=True, max_length=length)["input_ids"]
+        return torch.tensor([[*ids, *[self.pad] * (length - len(ids) if self.padded else 0)] for ids in found])
 
     def _weighted(self, caption: str) -> tuple[list[int], list[float]]:
         """Each piece is turned into tokens alone; marks and filling weigh 1."""

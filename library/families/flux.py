@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +19,7 @@ from library.log import UserError, get_logger
 from library.models import autoencoder, clip, detect, loading, t5
 from library.models.flux import Flux as FluxModel
 from library.models.flux import FluxConfig, image_ids, patchify, text_ids, unpatchify
+from library.models.joined import Joined, same
 from library.models.ledger_flux import FluxActivations
 from library.objectives import Flow, FlowSettings
 from library.option_groups import (
@@ -31,7 +34,7 @@ from library.option_groups import (
 )
 from library.options import Options
 from library.places import check_readable
-from library.types import DENOISER, Cond, Finding, Posterior, Size, Tokens, Traits
+from library.types import DENOISER, Cond, Finding, Posterior, Saving, Size, Tokens, Traits
 
 logger = get_logger(__name__)
 
@@ -207,6 +210,10 @@ class Flux:
         """`modelspec.architecture` of the base model."""
         return "flux-1-dev" if self.embeds_guidance else "flux-1-schnell"
 
+    def modelspec(self) -> dict[str, Any]:
+        """See `Family.modelspec`."""
+        return {}
+
     def sampling_shift(self) -> bool:
         """Whether the sampling schedule is shifted by the number of image tokens."""
         return self.embeds_guidance
@@ -367,6 +374,24 @@ class Flux:
             finished=finished,
             keep_float8=keep_float8,
         ).eval()
+
+    def unused_parameters(self) -> Mapping[str, Sequence[str]]:
+        """None that anybody trains."""
+        return {}
+
+    def model_elements(self) -> int:
+        """Those of the transformer."""
+        return sum(map(math.prod, self.part_shapes()[DENOISER].values()))
+
+    def model_extension(self, kind: str | None) -> str:
+        """Always that of safetensors files."""
+        return ".safetensors"
+
+    def save_model(self, path: Path, parts: Mapping[str, nn.Module], saving: Saving) -> None:
+        """Writes the transformer, each tensor converted when its turn comes."""
+        tensors, joined = parts[DENOISER].state_dict(), Joined()
+        joined.add(tensors, same(tensors), dtype=saving.dtype)
+        joined.save_safetensors(path, saving.metadata)
 
     def objective(self) -> Flow:
         """Rectified flow."""

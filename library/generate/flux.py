@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from library import devices, findings
 from library.families.flux import Flux
-from library.generate.painter import VAE, LoraFile, Painter, idle_in_session, idle_networks
+from library.generate.painter import VAE, LoraFile, Painter, Plugin, idle_in_session, idle_networks
 from library.generate.session import Session
 from library.models import quantized
 from library.option_groups import FluxInferenceOptions, InferenceExtraOptions
@@ -51,6 +51,12 @@ class Dtypes:
         return {"clip_l": self.clip_l, "t5xxl": self.t5xxl, VAE: self.ae, DENOISER: self.flux}
 
 
+def plugin_of(weights: Iterable[str]) -> Plugin:
+    """The network module for a file with tensors of these names."""
+    found = oft_flux if any(name.startswith("oft_unet_") for name in weights) else lora_flux
+    return cast("Plugin", found)
+
+
 def generate(options: Options) -> None:
     """Makes the images that the inference script's options ask for."""
     group, extra = options[FluxInferenceOptions], options[InferenceExtraOptions]
@@ -64,7 +70,7 @@ def generate(options: Options) -> None:
         family,
         dtypes.by_part(),
         devices.best_device(),
-        lambda weights: oft_flux if any(name.startswith("oft_unet_") for name in weights) else lora_flux,
+        plugin_of,
         offload=group.offload,
         loras=loras,
         merge=group.merge_lora_weights,

@@ -73,6 +73,7 @@ class Adapter(Method):
         self._network: Any = None
         self._multiplier = 1.0
         self._groups: list[ParamGroup] | None = None
+        self._idle: frozenset[int] = frozenset()
 
     @classmethod
     def from_options(cls, options: Options, encoder_names: Sequence[str] = ()) -> Adapter:
@@ -191,6 +192,7 @@ class Adapter(Method):
         if self.max_norm and not hasattr(network, "apply_max_norm_regularization"):
             logger.warning("--scale_weight_norms has no effect: %s doesn't support it", self.options.network_module)
             self.max_norm = None
+        self._idle = plugins.idle_parameters(network, trained, models.unused)
         self._parts = encoders, denoiser
 
     def _create(self, encoders: object, denoiser: nn.Module | None) -> Any:
@@ -268,7 +270,8 @@ class Adapter(Method):
         lr = rate.value if group.get("lr") is None else float(group["lr"])
         ratio = f" x {lr / rate.value:g}" if rate.value and lr != rate.value else ""
         source = "--network_args rules" if " lr=" in name else rate.source + ratio
-        return ParamGroup(name=name, params=list(group["params"]), lr=lr, lr_source=source, component=component)
+        params = [parameter for parameter in group["params"] if id(parameter) not in self._idle]
+        return ParamGroup(name=name, params=params, lr=lr, lr_source=source, component=component)
 
     def _encoder_of(self, name: str) -> tuple[str, Rate]:
         found, names = re.search(r"\d+", name), list(self.rates.encoders)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 Answer = Callable[["Noised", "Cond"], "Tensor"]
 """What the objective compares with a target, as the model with all that is attached to it answers now (B, C, h, w)."""
 
+WriteParts = Callable[[Path, Mapping[str, "nn.Module"], "torch.dtype | None", "Mapping[str, str] | None"], None]
+"""Writes a whole model: where, the parts that replace those it was loaded from, their type, the metadata."""
+
 BUCKET_ELEMENTS = 1 << 25
 """Most elements of the flat tensor in which gradients travel between processes."""
 BUCKETS_ON_THE_WAY = 4
@@ -37,6 +40,7 @@ class ParamGroup:
     """For logs: `unet`, `textencoder 1`, `unet plus`, …"""
     params: list[nn.Parameter]
     lr: float
+    """Below 0 the method has turned the gradients around, and its amount counts."""
     lr_source: str
     """Which option the rate came from."""
     component: str
@@ -44,7 +48,7 @@ class ParamGroup:
 
     def for_optimizer(self) -> dict[str, Any]:
         """As torch optimizers want it."""
-        return {"params": self.params, "lr": self.lr}
+        return {"params": self.params, "lr": abs(self.lr)}
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,9 @@ class Method(ABC):
     def loaded(self, models: Models) -> None:  # noqa: B027 - nothing to do by default
         """Called with the parts of the model just loaded, before anything is computed with them."""
 
+    def writes_by(self, write: WriteParts) -> None:  # noqa: B027 - most write files of their own
+        """Says how a whole model is written, before the first `save`."""
+
     @abstractmethod
     def attach(self, models: Models) -> None:
         """Makes the model trainable as wanted."""
@@ -144,6 +151,9 @@ class Method(ABC):
         if accelerator.num_processes > 1:
             wanted = self.parameters() if parameters is None else parameters
             average_gradients(wanted, accelerator.num_processes, accelerator.device)
+
+    def begin_after(self, step: int) -> None:  # noqa: B027
+        """Called once, before the first step, with the number of the last one: 0, or that of a loaded state."""
 
     def after_step(self, step: int) -> dict[str, Tensor | float]:
         """Called after each optimizer step; returns values worth logging, on the device where they are."""

@@ -78,3 +78,21 @@ def positional_limit(function: Any, most: int) -> int:
         return most
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return min(most, sum(kind in positional for kind in kinds))
+
+
+def idle_parameters(
+    network: Any, encoders: Mapping[str, nn.Module], unused: Mapping[str, Sequence[str]]
+) -> frozenset[int]:
+    """Ids of the parameters of adapters on layers of text encoders on which nothing depends.
+
+    They get no gradients, and an optimizer would do to them whatever it does to weights without any, which differs
+    with the number of processes. `unused`: see `Models.unused`. Foreign networks don't tell what their adapters are on.
+    """
+    layers = {
+        id(layer)
+        for name, encoder in encoders.items()
+        for path, layer in encoder.named_modules()
+        if f"{path}.".startswith(tuple(unused.get(name, ())))
+    }
+    adapters = (adapter for adapter in getattr(network, "created", ()) if id(adapter.module) in layers)
+    return frozenset(id(parameter) for adapter in adapters for parameter in adapter.parameters())

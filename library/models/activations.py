@@ -84,7 +84,8 @@ class ActivationModel(Protocol):
     """What a family knows about its denoiser."""
 
     block_lists: Sequence[str]
-    """Where its repeated blocks lie, in the order in which they compute: `double_blocks` for `double_blocks.0` ..."""
+    """Where its repeated blocks lie, in the order in which they compute: `double_blocks` for `double_blocks.0` ..., or
+    the paths of the blocks themselves."""
 
     @property
     def swap_units(self) -> int:

@@ -72,6 +72,7 @@ class _Compiled:
 
     def __init__(self, block: nn.Module, backend: str | Callable[..., Any], failures: _Failures) -> None:
         self._kind, self._backend, self._failures = type(block), backend, failures
+        self._sees_images = any(isinstance(layer, nn.Conv2d) for layer in block.modules())
         self._plain = block.forward
         self._compiled: Callable[..., Any] | None = torch.compile(block.forward, backend=backend)
         self._worked = False
@@ -79,7 +80,7 @@ class _Compiled:
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         if self._compiled is None or (not self._worked and self._kind in self._failures.kinds):
             return self._plain(*inputs, **named)
-        _mark_tokens((*inputs, *named.values()))
+        _mark_sizes((*inputs, *named.values()), images=self._sees_images)
         try:
             answer = self._compiled(*inputs, **named)
         except torch.OutOfMemoryError:
@@ -97,15 +98,19 @@ class _Compiled:
         return answer
 
 
-def _mark_tokens(values: Iterable[Any]) -> None:
-    """Tells the compiler where numbers of tokens are: second axis of (B, L, …), last axis of masks (B, 1, 1, L)."""
+def _mark_sizes(values: Iterable[Any], *, images: bool) -> None:
+    """Tells the compiler which sizes vary.
+
+    Numbers of tokens: second axis of (B, L, …), last axis of masks (B, 1, 1, L); where blocks see images (B, C, h, w),
+    their last two.
+    """
     for value in values:
         if isinstance(value, tuple | list):
-            _mark_tokens(value)
+            _mark_sizes(value, images=images)
         elif isinstance(value, Tensor) and value.ndim >= 3:
-            axis = value.ndim - 1 if value.dtype == torch.bool else 1
-            if value.shape[axis] > 1:
-                torch._dynamo.maybe_mark_dynamic(value, axis)
+            for axis in (2, 3) if images else (value.ndim - 1 if value.dtype == torch.bool else 1,):
+                if value.shape[axis] > 1:
+                    torch._dynamo.maybe_mark_dynamic(value, axis)
 
 
 def _say(what: str, backend: object, error: Exception) -> None:

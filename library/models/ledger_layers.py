@@ -127,6 +127,65 @@ def _dense(ledger: Ledger, layer: Linear) -> Storage | None:
     return ledger.new(layer.elements * ledger.numerics.compute) if layer.dense else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Conv:
+    """A convolution, and what is trained of it."""
+
+    inputs: int
+    """Channels."""
+    outputs: int
+    kernel: int
+    trained: bool = False
+    size: int = FLOAT
+    """Bytes of an element of what is trained."""
+
+    @property
+    def elements(self) -> int:
+        """Of the weight."""
+        return self.inputs * self.outputs * self.kernel**2
+
+
+def conv(ledger: Ledger, x: Value, layer: Conv, pixels: int) -> Value:
+    """To so many pixels; a frozen one keeps its input, too."""
+    size = ledger.numerics.compute
+    x = cast(ledger, x, size)
+    elements, saved, needs_x = x.elements, [x.storage], x.source is not None
+    if layer.trained and layer.size != size:
+        saved.append(ledger.new(layer.elements * size))
+        ledger.casts += [] if ledger.recomputes else saved[-1:]
+
+    def backward(gradients: Gradients, saved: Sequence[Storage]) -> Gradients:
+        x_gradient = ledger.new(elements * size) if needs_x else None
+        if not layer.trained:
+            return [x_gradient]
+        gradient = ledger.new(layer.elements * size)
+        gradients.clear()
+        return [x_gradient, ledger.new(layer.elements * layer.size) if layer.size != size else gradient]
+
+    sources = [x.source, *([ledger.trained(layer.size)] if layer.trained else [])]
+    return ledger.result((pixels * layer.outputs, size), sources, saved, backward)
+
+
+def upsample(ledger: Ledger, x: Value) -> Value:
+    """To twice the height and width."""
+    size = x.elements * x.size
+
+    def backward(gradients: Gradients, saved: Sequence[Storage]) -> Gradients:
+        return [ledger.new(size)]
+
+    return ledger.result((4 * x.elements, x.size), [x.source], (), backward)
+
+
+def product(ledger: Ledger, x: Value, y: Value) -> Value:
+    """Of elements."""
+    sizes = x.elements * x.size, y.elements * y.size
+
+    def backward(gradients: Gradients, saved: Sequence[Storage]) -> Gradients:
+        return [ledger.new(size) for size in sizes]
+
+    return ledger.result((x.elements, x.size), [x.source, y.source], [x.storage, y.storage], backward)
+
+
 def cast(ledger: Ledger, x: Value, size: int) -> Value:
     """`x.to(dtype)`."""
     if x.size == size:
@@ -275,11 +334,11 @@ def attention(ledger: Ledger, q: Value, k: Value, v: Value, width: int) -> Value
     """Without the matrix of all pairs; `width` is that of a head."""
     size = ledger.numerics.compute
     parts = [cast(ledger, part, size) for part in (q, k, v)]
-    count = q.elements
+    count, counts = q.elements, [part.elements for part in parts]
 
     def backward(gradients: Gradients, saved: Sequence[Storage]) -> Gradients:
         scratch = ledger.new(count * ledger.numerics.attention_scratch)
-        found: Gradients = [ledger.new(count * size) for _ in range(3)]
+        found: Gradients = [ledger.new(each * size) for each in counts]
         del scratch
         return found
 

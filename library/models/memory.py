@@ -20,7 +20,13 @@ _NARROWING = 2
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The repeated blocks of a model: what its outermost module lists hold, in order."""
+    """The repeated blocks of a model, in the order in which they compute.
+
+    Those at the paths that the model names as its `block_paths`, or else what its outermost module lists hold.
+    """
+    if (paths := getattr(model, "block_paths", None)) is not None:
+        yield from map(model.get_submodule, paths)
+        return
     for child in model.children():
         yield from child if isinstance(child, nn.ModuleList) else blocks(child)
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from library.log import DataError
+from library.models.attention import attention
 from library.models.keymaps import Shapes, count_indices
 from library.models.keymaps_sd import unet_version
 from library.models.quantized import is_float8
+from library.models.unet_blocks import block_paths
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +40,30 @@ def build_unet(shapes: Shapes) -> nn.Module:
         model: nn.Module = UNet2DConditionModel(**unet_config(shapes))
     except (KeyError, IndexError) as missing:
         raise DataError(f"not a U-Net: it has no tensor {missing}", code="E-MODEL-KIND") from None
+    attended: Any = model
+    attended.set_attn_processor(Attend())
+    model.block_paths = block_paths(shapes)  # type: ignore[assignment]
     return model
+
+
+class Attend:
+    """Has the attention of Diffusers' modules computed by `library.models.attention`."""
+
+    def __call__(
+        self,
+        module: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """What a module makes of tokens (B, L, D) that look at themselves, or at text (B, T, C)."""
+        assert attention_mask is None, "texts are looked at as a whole"
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = module.to_q(hidden_states), module.to_k(text), module.to_v(text)
+        q, k, v = (part.unflatten(-1, (module.heads, -1)) for part in (q, k, v))  # (B, L, H, d)
+        answer: Tensor = module.to_out[0](attention(q, k, v))
+        return answer
 
 
 def unet_config(shapes: Shapes) -> dict[str, Any]:

@@ -201,7 +201,7 @@ class Checkpoints:
         for written in self._with_companion(path):
             if not written.exists():
                 raise ResourceError("the file isn't there after saving", str(written), code="E-SAVE")
-            if written.suffix == ".safetensors":
+            if written.suffix == ".safetensors" and written.is_file():
                 files.header(written)
 
     def _with_companion(self, path: Path) -> list[Path]:
@@ -268,10 +268,21 @@ class Checkpoints:
             if not path.exists():
                 continue
             try:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove_whole(path)
                 logger.info("removed %s", path)
             except OSError as error:
                 logger.warning("could not remove %s: %s", path, error)
+
+
+def _remove_whole(path: Path) -> None:
+    """Removes a file or a folder; a folder loses its name first, so that none with it ever lacks something."""
+    if not path.is_dir():
+        path.unlink()
+        return
+    doomed = path.with_name(f".{path.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.replace(doomed)
+    shutil.rmtree(doomed)
 
 
 def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:

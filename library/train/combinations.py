@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from library.findings import error, of_error, warning
 from library.log import UserError
 from library.option_groups import (
+    DreamBoothOptions,
     EmaOptions,
-    FluxFullOptions,
     HubOptions,
+    LegacySDOptions,
     LengthOptions,
     MemoryOptions,
     NetworkOptions,
@@ -28,7 +29,7 @@ from library.option_groups import (
 from library.train import optimizers, schedules
 from library.train.idle import idle_options
 from library.train.processes import world_size
-from library.train.setups import storage_of, swap_of
+from library.train.setups import cut_of, storage_of, swap_of
 from library.train.trackers import kinds_wanted, tracker_arguments
 from library.types import Finding
 
@@ -44,7 +45,7 @@ def check(options: Options) -> list[Finding]:
     """All that is found; `where` is the flag of the option."""
     checks = (
         *(_check_precision, _check_optimizer, _check_swapping, _check_trackers, _check_saving, _check_hub),
-        *(_check_network, _check_noise, idle_options),
+        *(_check_network, _check_noise, _check_tokens, idle_options),
     )
     return [finding for check in checks for finding in check(options)]
 
@@ -72,20 +73,21 @@ def _check_optimizer(options: Options) -> Iterator[Finding]:
     optimizer, length = _group(options, OptimizerOptions), _group(options, LengthOptions)
     if optimizer is None or length is None:
         return
-    full, kind = _group(options, FluxFullOptions), optimizer.optimizer_type.lower()
-    blockwise = full is not None and full.blockwise_fused_optimizers
-    in_backward = {"fused_backward_pass": optimizer.fused_backward_pass, "blockwise_fused_optimizers": blockwise}
-    for option in (f"--{name}" for name, given in in_backward.items() if given):
+    kind, cut = optimizer.optimizer_type.lower(), cut_of(options)
+    in_backward = ["fused_backward_pass"] if optimizer.fused_backward_pass else []
+    in_backward += [] if cut is None else [cut]
+    for option in (f"--{name}" for name in in_backward):
         if length.gradient_accumulation_steps > 1:
             yield error("it steps in each backward pass", option, "--gradient_accumulation_steps must be 1")
         if options[PrecisionOptions].mixed_precision == "fp16":
             yield error("gradients of fp16 are scaled until all are there", option, "give --mixed_precision bf16")
-    if blockwise and kind.endswith("schedulefree"):
-        what, option = "schedule-free optimizers can't be split by blocks", "--blockwise_fused_optimizers"
-        yield error(what, option, "choose another optimizer")
-    if all(in_backward.values()):
-        where = "--blockwise_fused_optimizers, --fused_backward_pass"
+    if cut is not None and kind.endswith("schedulefree"):
+        yield error("schedule-free optimizers can't be split", f"--{cut}", "choose another optimizer")
+    if len(in_backward) > 1:
+        where = ", ".join(f"--{name}" for name in reversed(in_backward))
         yield error("both step in the backward pass", where, "choose one of the two")
+    if optimizer.learning_rate < 0 and options.has(NetworkOptions):
+        yield error("a network can't learn at a negative rate", "--learning_rate", "give a positive one")
     if optimizer.fused_backward_pass and options.has(NetworkOptions) and world_size() > 1:
         what = "parts of a network may be left out in one process, for which the others would wait for ever"
         yield error(what, "--fused_backward_pass", "leave it out: a network's gradients are small")
@@ -98,8 +100,7 @@ def _check_swapping(options: Options) -> Iterator[Finding]:
     optimizer, memory = _group(options, OptimizerOptions), _group(options, MemoryOptions)
     if optimizer is None or memory is None or not swap_of(options, 2):
         return
-    full = _group(options, FluxFullOptions)
-    in_backward = optimizer.fused_backward_pass or (full is not None and full.blockwise_fused_optimizers)
+    in_backward = optimizer.fused_backward_pass or cut_of(options) is not None
     kind = "8bit" if optimizer.use_8bit_adam else optimizer.optimizer_type.lower()
     if not options.has(NetworkOptions) and not in_backward and ("8bit" in kind or "paged" in kind):
         what = "swapped blocks are stepped in main memory, where this optimizer doesn't work"
@@ -211,6 +212,15 @@ def _check_noise(options: Options) -> Iterator[Finding]:
         return
     if noise.adaptive_noise_scale is not None and noise.noise_offset is None:
         yield error("there is no noise offset to add to", "--adaptive_noise_scale", "it needs --noise_offset")
+
+
+def _check_tokens(options: Options) -> Iterator[Finding]:
+    dream = _group(options, DreamBoothOptions)
+    if dream is None or not dream.no_token_padding:
+        return
+    option, length = "--no_token_padding", options[LegacySDOptions].max_token_length
+    if (length or 75) > 75:
+        yield error("longer captions are cut into chunks of 75 tokens", option, "leave out --max_token_length")
 
 
 def _group(options: Options, group: type[Any]) -> Any:

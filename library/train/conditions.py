@@ -36,8 +36,15 @@ class Conditions:
     """Whether the latents of the batch before are finite, where the autoencoder may overflow."""
 
     def of_batch(self, batch: Batch) -> Cond:
-        """The text outputs of a batch."""
-        return {**(batch.cond or {}), **self._live(batch.tokens)} if self.models.encoders else dict(batch.cond or {})
+        """What the denoiser is told about a batch: text outputs, and sizes where it is told those."""
+        cond = {**(batch.cond or {}), **self._sizes(batch)}
+        return {**cond, **self._live(batch.tokens)} if self.models.encoders else cond
+
+    def _sizes(self, batch: Batch) -> Cond:
+        sizes = self.family.size_cond(batch.original_sizes, batch.crops, batch.size)
+        if self.device.type in PINNING:
+            sizes = {name: tensor.pin_memory() for name, tensor in sizes.items()}
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in sizes.items()}
 
     def of_prompt(self, prompt: str) -> Cond:
         """The text outputs of one prompt, on the device."""
@@ -49,13 +56,14 @@ class Conditions:
             return {**gone, **self._live(tokens)}
 
     def latents(self, batch: Batch) -> Tensor:
-        """The latents of a batch, float32.
+        """The latents of a batch as the denoiser wants them, float32.
 
         An overflow in half precision is noticed with the next batch, so that nobody waits for the device; a step
         that is not finite moves nothing by its gradient.
         """
+        scale = self.family.traits.latent_scale
         if batch.latents is not None:
-            return batch.latents
+            return batch.latents * scale
         vae = self.models.vae
         assert batch.pixels is not None
         assert vae is not None
@@ -64,7 +72,7 @@ class Conditions:
         with torch.no_grad():
             latents = sampled(_encoded(self.family, vae, batch.pixels), batch.image_seeds)
             self._finite = Later(torch.isfinite(latents).all().float()[None]) if _may_overflow(vae) else None
-        return latents
+        return latents * scale
 
     def _live(self, tokens: dict[str, Tensor] | None) -> Cond:
         assert tokens is not None

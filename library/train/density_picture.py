@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from library.log import get_logger
-from library.randomness import Draws, Stream, mix
+from library.randomness import Draws, mix
 from library.sampling import save_png
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class _Many(Draws):
         super().__init__(range(count))
         self._seed = seed
 
-    def _scalars(self, draw: Callable[[Tensor, torch.Generator], object], stream: Stream) -> Tensor:
+    def _scalars(self, draw: Callable[[Tensor, torch.Generator], object], stream: int) -> Tensor:
         numbers = torch.empty(len(self.seeds))
         draw(numbers, torch.Generator().manual_seed(mix(self._seed, stream)))
         return numbers

@@ -22,9 +22,10 @@ class StepCount(Protocol):
     step: int
 
 
-def ema_path(path: Path) -> Path:
-    """Where the average goes that belongs to a model file."""
-    return path.with_name(f"{path.name.removesuffix(path.suffix)}-ema{path.suffix}")
+def ema_path(path: Path, extension: str | None = None) -> Path:
+    """Where the average goes that belongs to a model of this extension; None: of the path's own, empty: a folder."""
+    extension = path.suffix if extension is None else extension
+    return path.with_name(f"{path.name.removesuffix(extension)}-ema{extension}")
 
 
 class MovingAverage:

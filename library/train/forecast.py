@@ -215,12 +215,31 @@ class _Weights:
 
 def blocks_of(shapes: activations.Shapes, lists: Sequence[str]) -> list[dict[str, tuple[int, ...]]]:
     """The tensors of each repeated block, in the order of the model."""
-    found: dict[tuple[int, int], dict[str, tuple[int, ...]]] = {}
+    return list(named_blocks(shapes, lists).values())
+
+
+def named_blocks(shapes: activations.Shapes, lists: Sequence[str]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The same by the path of the block; `lists` as `ActivationModel.block_lists`."""
+    places = {name: number for number, name in enumerate(lists)}
+    found: dict[tuple[int, int], tuple[str, dict[str, tuple[int, ...]]]] = {}
     for name, shape in shapes.items():
-        head, _, rest = name.partition(".")
-        if head in lists:
-            found.setdefault((lists.index(head), int(rest.partition(".")[0])), {})[name] = shape
-    return [found[place] for place in sorted(found)]
+        head, last = _beginning(name, places)
+        if head is None:
+            continue
+        index = last.partition(".")[0]
+        key, path = ((places[head], int(index)), f"{head}.{index}") if index.isdecimal() else ((places[head], 0), head)
+        found.setdefault(key, (path, {}))[1][name] = shape
+    return dict(found[place] for place in sorted(found))
+
+
+def _beginning(name: str, places: Mapping[str, int]) -> tuple[str | None, str]:
+    """Which of the places a name begins with, and the rest of the name; None: none."""
+    head = name
+    while "." in head:
+        head = head.rpartition(".")[0]
+        if head in places:
+            return head, name[len(head) + 1 :]
+    return None, ""
 
 
 def _part(shapes: activations.Shapes, size: int, scheme: str | None) -> int:

@@ -18,7 +18,7 @@ from library.train.steppers import GradientHooks
 from library.train.updates import Updates, clip, total
 
 PLACE = "place"
-"""Key in a parameter group that `by_blocks` has cut: which of the whole groups it is a part of."""
+"""Key in a parameter group that has been cut: which of the whole groups it is a part of."""
 
 
 class FusedStepper:
@@ -111,7 +111,8 @@ class BlockwiseStepper:
     """One optimizer for each block of a model, stepped during the backward pass when the block's gradients are there.
 
     They are dropped then: those of one block are held at a time. There may be one backward pass per step only. Each
-    block is clipped by its own norm, and gradients that aren't finite keep only their own block from moving.
+    block is clipped by its own norm, and gradients that aren't finite keep only their own block from moving. What a
+    block is, is decided by who cuts the parameters: `by_blocks`, `by_number`.
     """
 
     def __init__(
@@ -124,16 +125,18 @@ class BlockwiseStepper:
         hooks: GradientHooks,
         alone: bool,
         rounding: Rounding | None = None,
+        option: str = "--blockwise_fused_optimizers",
     ) -> None:
-        """`optimizers` are plain ones, made of the parts that `by_blocks` gives; each has its scheduler.
+        """`optimizers` are plain ones, one for each part that was cut; each has its scheduler.
 
+        `option` is what asked for this, for messages.
         Errors: UserError for a gradient scaler and for schedule-free optimizers.
         """
-        refuse_scaler(accelerator, "--blockwise_fused_optimizers")
+        refuse_scaler(accelerator, option)
         if any("train_mode" in group for optimizer in optimizers for group in optimizer.param_groups):
             raise UserError(
-                "schedule-free optimizers can't be split by blocks",
-                "--blockwise_fused_optimizers",
+                "schedule-free optimizers can't be split",
+                option,
                 "choose another optimizer",
                 code="E-FUSED",
             )
@@ -230,6 +233,29 @@ def by_blocks(groups: Sequence[Mapping[str, Any]], blocks: Iterable[nn.Module]) 
         for index, params in shares.items():
             parts.setdefault(index, []).append({**group, "params": params, PLACE: place})
     return [parts[index] for index in sorted(parts)]
+
+
+def by_number(groups: Sequence[Mapping[str, Any]], number: int) -> list[list[dict[str, Any]]]:
+    """Parameter groups cut into `number` parts of as many parameters in their order; the last one has what is left.
+
+    A part has one learning rate: where another one begins, so does a part, so that there may be some more of them.
+    Keys are as `by_blocks` has them.
+    """
+    most = -(-sum(len(group["params"]) for group in groups) // number)
+    parts: list[list[dict[str, Any]]] = []
+    room = 0
+    for place, group in enumerate(groups):
+        params = list(group["params"])
+        if parts and group.get("lr") != parts[-1][-1].get("lr"):
+            room = 0
+        while params:
+            if not room:
+                parts.append([])
+                room = most
+            share, params = params[:room], params[room:]
+            parts[-1].append({**group, "params": share, PLACE: place})
+            room -= len(share)
+    return parts
 
 
 def refuse_scaler(accelerator: Any, option: str) -> None:

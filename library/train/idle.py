@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.findings import warning
+from library.option_groups import DreamBoothOptions, TrainEncoderOptions
 from library.types import Finding
 
 if TYPE_CHECKING:
@@ -55,6 +56,13 @@ def _scheme_counts(options: Options) -> bool:
     if scheme in ("logit_normal", "mode"):
         return bool(options.value("timestep_sampling") == "sigma")
     return bool(scheme in ("none", "uniform") or options.value("model_prediction_type") == "sigma_scaled")
+
+
+def _trains_encoder(options: Options) -> bool:
+    if options.has(TrainEncoderOptions):
+        return options[TrainEncoderOptions].train_text_encoder
+    steps = options[DreamBoothOptions].stop_text_encoder_training
+    return steps is None or steps > 0
 
 
 _SHIFTED = ("sigma", "shift")
@@ -155,7 +163,11 @@ RULES = (
         "--gradient_checkpointing",
     ),
     Rule(("dynamo_backend",), _set("torch_compile"), "--torch_compile"),
-    Rule(("xformers", "sdpa"), _is("attn_mode", None), "commands without --attn_mode"),
+    Rule(("xformers", "diffusers_xformers"), _is("attn_mode", None), "commands without --attn_mode"),
+    Rule(("learning_rate_te1", "learning_rate_te2"), _set("train_text_encoder"), "--train_text_encoder"),
+    Rule(("learning_rate_te",), _trains_encoder, "a text encoder that is trained"),
+    Rule(("use_safetensors",), _is("save_model_as", None), "commands without --save_model_as"),
+    Rule(("sdpa",), _is("attn_mode", None), "commands without --attn_mode"),
     Rule(("split_mode",), _is("blocks_to_swap", None), "commands without --blocks_to_swap"),
     Rule(
         ("double_blocks_to_swap", "single_blocks_to_swap"),

@@ -136,17 +136,18 @@ def create(
     """
     recipe = resolve(options)
     groups = [dict(group) for group in param_groups]
-    lr: float | None = options.learning_rate
+    rate = abs(options.learning_rate)  # where it is negative, the method has turned the gradients
+    lr: float | None = rate
     override, warnings = None, []
     match recipe.row.habit:
         case Habit.FINDS_RATE:
-            warnings = _share_rate(groups, options.learning_rate)
+            warnings = _share_rate(groups, rate)
         case Habit.NO_SCHEDULE:
             override = SCHEDULE_FREE
         case Habit.RELATIVE_STEP:
             warnings = _settle_relative_step(recipe.arguments, options, lr_scheduler)
             if recipe.arguments["relative_step"]:
-                override, lr = f"adafactor:{options.learning_rate}", None
+                override, lr = f"adafactor:{rate}", None
                 warnings += _drop_rates(groups)
         case None if recipe.row.path == "torch.optim.AdamW":
             defaults = _wide_epsilon(groups)

@@ -67,6 +67,8 @@ def _changes(options: Options) -> Iterator[tuple[str, object, str]]:
         yield name, None, f"{value(name)} would keep nothing: switched off"
     if is_off("initial_epoch"):
         yield "initial_epoch", None, "epochs are counted from 1: switched off"
+    if value("diffusers_xformers") and not value("xformers"):
+        yield "xformers", True, "switched on by --diffusers_xformers"
     if value("persistent_data_loader_workers") and value("max_data_loader_n_workers") == 0:
         why = "switched off: there are no workers with --max_data_loader_n_workers 0"
         yield "persistent_data_loader_workers", False, why

@@ -25,9 +25,15 @@ class Room:
     """What the caches still lack."""
 
     @classmethod
-    def of_training(cls, elements: int, trained_size: int, saved_size: int, caches: int) -> Room:
-        """Of so many trained numbers, and the bytes that each takes while it is trained and when it is saved."""
-        return cls(elements * saved_size, NUMBERS_PER_WEIGHT * elements * trained_size, caches)
+    def of_training(
+        cls, elements: int, trained_size: int, saved_size: int, caches: int, written: int | None = None
+    ) -> Room:
+        """Of so many trained numbers, and the bytes that each takes while it is trained and when it is saved.
+
+        `written` are the numbers of a saved file; None: those that are trained.
+        """
+        model = (elements if written is None else written) * saved_size
+        return cls(model, NUMBERS_PER_WEIGHT * elements * trained_size, caches)
 
 
 def check_disk(plan: Plan, output_dir: Path, image_dir: Path) -> list[Finding]:

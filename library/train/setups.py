@@ -17,6 +17,7 @@ from library.option_groups import (
     OffloadOptions,
     OptimizerOptions,
     PrecisionOptions,
+    SdxlFullOptions,
     TextCacheOptions,
     VaePrecisionOptions,
 )
@@ -191,10 +192,21 @@ def _optimizer(options: OptimizerOptions) -> str:
 
 
 def _gradients(options: Options) -> Gradients:
-    full = _group(options, FluxFullOptions)
     if options[OptimizerOptions].fused_backward_pass:
         return "none"
-    return "block" if full is not None and full.blockwise_fused_optimizers else "all"
+    return "block" if cut_of(options) else "all"
+
+
+BLOCKS, NUMBER = "blockwise_fused_optimizers", "fused_optimizer_groups"
+"""Options that cut the parameters into parts, each with an optimizer that steps during the backward pass."""
+
+
+def cut_of(options: Options) -> str | None:
+    """Which of `BLOCKS` and `NUMBER` is wanted; None: neither."""
+    flux, sdxl = _group(options, FluxFullOptions), _group(options, SdxlFullOptions)
+    if flux is not None and flux.blockwise_fused_optimizers:
+        return BLOCKS
+    return NUMBER if sdxl is not None and sdxl.fused_optimizer_groups else None
 
 
 def swap_of(options: Options, units: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -94,7 +93,7 @@ def test_any_metadata_can_be_written(values: dict[str, str]) -> None:
 
 
 def test_editing_in_place(path: Path) -> None:
-    os.chmod(path, 0o640)
+    path.chmod(0o640)
     rewrite(path, path, Edit(removed=["ss_training_c*"], values=["modelspec.title=a=b", "modelspec.author=我"]))
     found = stored(path)
     assert "ss_training_comment" not in found

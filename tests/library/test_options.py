@@ -14,6 +14,7 @@ from library.log import UserError
 from library.option_groups import (
     CACHE_LATENTS,
     CACHE_TEXT_ENCODER_OUTPUTS,
+    FINE_TUNE,
     FLUX_MINIMAL_INFERENCE,
     FLUX_TRAIN,
     FLUX_TRAIN_NETWORK,
@@ -21,6 +22,7 @@ from library.option_groups import (
     CacheOptions,
     CaptionOptions,
     DatasetOptions,
+    EncoderRateOptions,
     FluxInferenceOptions,
     HubOptions,
     LegacySDOptions,
@@ -602,3 +604,10 @@ def test_copies_with_other_values() -> None:
     assert other[ModelOptions] == options[ModelOptions]
     with pytest.raises(AssertionError):
         options.with_values(no_such_option=1)
+
+
+@pytest.mark.parametrize(("text", "value"), [("-1e-4", -1e-4), ("-2.5E-06", -2.5e-6), ("-3", -3.0), ("-.5e1", -5.0)])
+def test_negative_numbers_are_no_options(text: str, value: float) -> None:
+    options = parse(FINE_TUNE, ["--learning_rate", text, "--train_text_encoder", f"--learning_rate_te={text}"])
+    assert options[OptimizerOptions].learning_rate == value
+    assert options[EncoderRateOptions].learning_rate_te == value

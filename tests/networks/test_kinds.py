@@ -279,7 +279,7 @@ def test_dropouts_keep_the_mean(case: Case) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("case", [case for case in CASES if isinstance(case.module(), nn.Linear)], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if isinstance(case.module(), nn.Linear)])
 def test_on_weights_in_few_bits(case: Case, scheme: str) -> None:
     stored = case._replace(module=lambda: quantized_linear(scheme))
     adapter = shake(create(stored))

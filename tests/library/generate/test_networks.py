@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.families.flux import Flux, FluxFiles
-from library.generate.flux import Dtypes, LoraFile, Painter
+from library.generate.flux import Dtypes, LoraFile, Painter, plugin_of
 from networks import loha, lokr, lora_flux, oft_flux
 from networks.base import Network
 from tests import tiny
@@ -39,8 +39,8 @@ def network_file(kind: str, folder: Path, seed: int) -> tuple[Path, Network]:
 def layer_of(model: Path, files: list[LoraFile], *, merge: bool = False) -> nn.Linear:
     """A layer of the transformer as the inference script has it."""
     family = Flux(FluxFiles(str(model), None, None, None))
-    painter = Painter(family, TYPES, torch.device("cpu"), loras=files, merge=merge)
-    layer = painter._part("flux").get_submodule("double_blocks.0.img_attn.qkv")
+    painter = Painter(family, TYPES.by_part(), torch.device("cpu"), plugin_of, loras=files, merge=merge)
+    layer = painter._part("unet").get_submodule("double_blocks.0.img_attn.qkv")
     assert isinstance(layer, nn.Linear)
     return layer
 
@@ -67,8 +67,8 @@ def test_applied_and_merged_give_the_same(kinds: list[str], models: dict[str, Pa
 def test_the_strength_of_applied_networks_can_be_changed(models: dict[str, Path], tmp_path: Path) -> None:
     path, network = network_file("oft", tmp_path, 1)
     family = Flux(FluxFiles(str(models["flux"]), None, None, None))
-    painter = Painter(family, TYPES, torch.device("cpu"), loras=[LoraFile(str(path), 0.5)])
-    layer = painter._part("flux").get_submodule("double_blocks.0.img_attn.qkv")
+    painter = Painter(family, TYPES.by_part(), torch.device("cpu"), plugin_of, loras=[LoraFile(str(path), 0.5)])
+    layer = painter._part("unet").get_submodule("double_blocks.0.img_attn.qkv")
     assert isinstance(layer, nn.Linear)
     x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():

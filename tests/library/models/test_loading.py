@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.files import save_safetensors
+from library.files import LazyTensors, save_safetensors
 from library.log import DataError
 from library.models import keymaps, loading
 from tests import tiny
@@ -65,8 +65,8 @@ def test_diffusers_folder(tmp_path: Path, shards: int) -> None:
 
 def test_everything_in_one_file(tmp_path: Path) -> None:
     parts = {
-        "model.diffusion_model.": loading.LazyTensors(tiny.write_flux(tmp_path / "flux.safetensors")),
-        "vae.": loading.LazyTensors(tiny.write_autoencoder(tmp_path / "ae.safetensors")),
+        "model.diffusion_model.": LazyTensors(tiny.write_flux(tmp_path / "flux.safetensors")),
+        "vae.": LazyTensors(tiny.write_autoencoder(tmp_path / "ae.safetensors")),
     }
     path = tmp_path / "all.safetensors"
     save_safetensors({prefix + name: part[name] for prefix, part in parts.items() for name in part}, path)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.files import save_safetensors
+from library.files import LazyTensors, save_safetensors
 from library.log import DataError, UserError
 from library.models import keymaps, loading, quantized
 from library.models.products import dense
@@ -276,7 +276,7 @@ def test_scales_of_another_form_are_refused(tmp_path: Path) -> None:
 
 def test_t5_in_scaled_form(tmp_path: Path) -> None:
     whole = tiny.write_t5(tmp_path / "t5.safetensors")
-    state = dict(loading.LazyTensors(whole))
+    state = dict(LazyTensors(whole))
     save_safetensors(scaled(state, (".scale_weight", ".scale_input")), tmp_path / "scaled.safetensors")
     model = loading.load_t5(tmp_path / "scaled.safetensors", torch.bfloat16, keep_float8=True)
     kinds = {name.split(".")[-1]: type(module) for name, module in model.named_modules()}

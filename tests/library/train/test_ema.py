@@ -173,3 +173,5 @@ def test_tensors_that_are_on_their_way_are_brought_home():
 
 def test_names():
     assert ema_path(Path("a/cat.v1-000003.safetensors")) == Path("a/cat.v1-000003-ema.safetensors")
+    assert ema_path(Path("a/cat.v1.ckpt"), ".ckpt") == Path("a/cat.v1-ema.ckpt")
+    assert ema_path(Path("a/cat.v1"), "") == Path("a/cat.v1-ema")  # a folder

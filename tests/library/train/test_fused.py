@@ -15,7 +15,7 @@ from library.log import UserError
 from library.methods.base import average_gradients
 from library.option_groups import OptimizerOptions, ScheduleOptions
 from library.train import optimizers, schedules, updates
-from library.train.fused import BlockwiseStepper, FusedStepper, by_blocks
+from library.train.fused import BlockwiseStepper, FusedStepper, by_blocks, by_number
 from library.train.resume import load_exactly
 from library.train.rounding import Rounding
 from library.train.steppers import Stepper
@@ -23,7 +23,7 @@ from library.train.trackers import learning_rates
 from library.train.updates import depends_on_no_other
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "adafactor.json").read_text(encoding="utf-8"))
-KINDS = ("plain", "fused", "blockwise")
+KINDS = ("plain", "fused", "blockwise", "grouped")
 
 
 class Hooks:
@@ -72,7 +72,7 @@ def stepper_of(
     wanted = ScheduleOptions(**schedule)
     params = list(model.parameters())
     groups = [{"params": params[:5], "lr": lr}, {"params": params[5:], "lr": lr / 2}]
-    parts = by_blocks(groups, model.blocks) if kind == "blockwise" else [groups]
+    parts = {"blockwise": by_blocks(groups, model.blocks), "grouped": by_number(groups, 4)}.get(kind, [groups])
     built = [optimizers.create(options, part) for part in parts]
     schedulers = [schedules.create(wanted, one.optimizer, 10, one.schedule_override) for one in built]
     more = {
@@ -82,7 +82,7 @@ def stepper_of(
         "alone": built[0].alone,
         "rounding": None if seed is None else Rounding(params, seed),
     }
-    if kind == "blockwise":
+    if kind in ("blockwise", "grouped"):
         return BlockwiseStepper(optimizers=[one.optimizer for one in built], schedulers=schedulers, **more)
     which = Stepper if kind == "plain" else FusedStepper
     return which(optimizer=built[0].optimizer, scheduler=schedulers[0], params=params, **more)
@@ -118,7 +118,7 @@ OPTIMIZERS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["fused", "blockwise"])
+@pytest.mark.parametrize("kind", ["fused", "blockwise", "grouped"])
 @pytest.mark.parametrize(("name", "arguments"), OPTIMIZERS)
 @pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 7)])
 def test_the_result_is_that_of_the_plain_stepper(kind, name, arguments, dtype, seed):
@@ -157,7 +157,7 @@ def test_gradients_live_no_longer_than_needed(monkeypatch):
         loss(model, 1).backward()
         stepper.step()
     # a block and the layers outside the blocks that came before it
-    assert most == {"plain": 16, "fused": 0, "blockwise": 2 + 3}
+    assert most == {"plain": 16, "fused": 0, "blockwise": 2 + 3, "grouped": 3}
 
 
 @pytest.mark.parametrize("kind", ["fused", "blockwise"])
@@ -402,3 +402,23 @@ def in_one_process(rank: int, rendezvous: str) -> None:
 
 def test_two_processes_stay_equal(tmp_path: Path) -> None:
     mp.spawn(in_one_process, args=((tmp_path / "meet").as_uri(),), nprocs=2)
+
+
+@pytest.mark.parametrize(
+    ("rates", "number", "sizes"),
+    [
+        ((1.0, 1.0), 4, [[4], [1, 3], [4], [4]]),  # 5 and 11 parameters
+        ((1.0, 2.0), 4, [[4], [1], [4], [4], [3]]),
+        ((1.0, 1.0), 1, [[5, 11]]),
+        ((1.0, 2.0), 1, [[5], [11]]),
+        ((1.0, 1.0), 99, [[1]] * 16),
+    ],
+)
+def test_parts_of_as_many_parameters_in_their_order(rates, number, sizes):
+    params = list(Model().parameters())
+    groups = [{"params": params[:5], "lr": rates[0]}, {"params": params[5:], "lr": rates[1]}]
+    parts = by_number(groups, number)
+    assert [[len(group["params"]) for group in part] for part in parts] == sizes
+    assert [parameter for part in parts for group in part for parameter in group["params"]] == params
+    assert all(len({group["lr"] for group in part}) == 1 for part in parts)
+    assert {group["place"] for part in parts for group in part} == {0, 1}

@@ -54,3 +54,4 @@ def test_images_on_a_disk_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_sizes_of_a_training() -> None:
     assert Room.of_training(10, 4, 2, 7) == Room(model=20, state=120, caches=7)
+    assert Room.of_training(10, 4, 2, 7, written=35) == Room(model=70, state=120, caches=7)

@@ -1,0 +1,140 @@
+"""A LoRA step on an SDXL U-Net of real width with random weights, and the arithmetic it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from workload import SMALL, Work
+
+from library.epsilon import Epsilon, EpsilonSettings
+from library.models import unet
+from library.models.memory import checkpoint_blocks
+from library.randomness import Draws
+from networks.lora import create_network
+
+CHANNELS, STRIDE, TEXT_TOKENS, CONTEXT, POOLED = 4, 8, 77, 2048, 1280
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdxlShape:
+    """How much is computed in a step; widths are those of SDXL, depths smaller."""
+
+    resolution: int = 512
+    batch: int = 1
+    rank: int = 16
+    layers: int = 1
+    """Residual blocks per level; SDXL has 2."""
+    depths: tuple[int, int, int] = (1, 1, 2)
+    """Transformer blocks per attention on each level; SDXL has none, 2 and 10."""
+
+
+def build(shape: SdxlShape, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A U-Net with frozen random weights."""
+    from diffusers import UNet2DConditionModel
+
+    model: nn.Module = UNet2DConditionModel(
+        block_out_channels=(320, 640, 1280),
+        layers_per_block=shape.layers,
+        transformer_layers_per_block=shape.depths,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=CONTEXT,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=POOLED + 6 * 256,
+    )
+    return model.to(device, dtype).requires_grad_(False).train()
+
+
+def training_step(
+    shape: SdxlShape, device: torch.device, dtype: torch.dtype, *, checkpointing: bool = False
+) -> tuple[Callable[[], None], Work]:
+    """Forward, backward and optimizer step of a LoRA on all attention layers, and its arithmetic."""
+    model = build(shape, device, dtype)
+    network = create_network(1.0, shape.rank, shape.rank, None, None, model)
+    for adapter in network.created:
+        for parameter in adapter.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=SMALL)
+    network.apply_to(None, model, False, True)
+    network.to(device).train()
+    batch = _Batch(shape, device, dtype)
+    counted = work(model, network, batch)
+    if checkpointing:
+        checkpoint_blocks(model)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+
+    def step() -> None:
+        batch.loss(model).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, counted
+
+
+class _Batch:
+    def __init__(self, shape: SdxlShape, device: torch.device, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*sizes: int) -> Tensor:
+            return torch.randn(shape.batch, *sizes, generator=generator).to(device, dtype)
+
+        side = shape.resolution // STRIDE
+        self.latents, self.text, self.pooled = (
+            random(CHANNELS, side, side),
+            random(TEXT_TOKENS, CONTEXT),
+            random(POOLED),
+        )
+        self.sizes = torch.full((shape.batch, 6), float(shape.resolution), device=device)
+        self.objective, self.draws = Epsilon(EpsilonSettings()), Draws(range(shape.batch), device)
+        mixed = dtype != torch.float32
+        self.autocast = torch.autocast(device.type, torch.bfloat16 if not mixed else dtype, enabled=mixed)
+
+    def loss(self, model: nn.Module) -> Tensor:
+        with self.autocast:
+            task = self.objective.noise(self.latents, self.draws)
+            answer = unet.predict(model, task.input, task.timesteps, self.text, self.pooled, self.sizes)
+        return self.objective.loss(answer.float(), task).mean()
+
+
+def work(model: nn.Module, network: Any, batch: _Batch) -> Work:
+    """Counts a step from the shapes that pass by: two operations per multiply-add, small element-wise work left out.
+
+    Of the frozen layers only the gradient of the inputs is needed, which costs as much as the forward pass; attention
+    costs twice its forward there. An adapter costs its forward three times.
+    """
+    found = {"layers": 0.0, "attention": 0.0, "adapters": 0.0}
+    by_module = {id(adapter.module): adapter for adapter in network.adapters}
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        rows = output.numel() // (output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1])
+        weight = module.weight
+        found["layers"] += rows * weight.numel()
+        adapter = by_module.get(id(module))
+        if adapter is not None:
+            found["adapters"] += rows * sum(parameter.numel() for parameter in adapter.parameters())
+
+    def attend(module: Any, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Tensor) -> None:
+        context = named.get("encoder_hidden_states")
+        keys = output.shape[1] if context is None else context.shape[1]
+        found["attention"] += 2.0 * output.shape[0] * output.shape[1] * keys * module.inner_dim
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            handles.append(module.register_forward_hook(count))
+        elif hasattr(module, "to_q"):
+            handles.append(module.register_forward_hook(attend, with_kwargs=True))
+    with torch.no_grad():
+        batch.loss(model)
+    for handle in handles:
+        handle.remove()
+    layers, attention = found["layers"], found["attention"]
+    return Work(2 * (layers + attention), 2 * (layers + 2 * attention), 2 * 3 * found["adapters"])
