@@ -985,7 +985,7 @@ class FluxExtractLoraOptions:
     model_org: str = option(required=True, path=True, help="original transformer, a file or a Diffusers folder")
     model_tuned: str = option(required=True, path=True, help="tuned transformer")
     save_to: str = option(required=True, help="file for the LoRA")
-    dim: int = option(4, help="rank", least=1)
+    dim: int = option(4, help="rank of the new network", least=1)
     clamp_quantile: float = option(
         0.99, help="cut matrix elements down to this quantile of their absolute values; 1 leaves them", least=0, most=1
     )
@@ -1224,7 +1224,7 @@ class ExtractLoraOptions:
     model_org: str = option(required=True, path=True, help="original model, a file or a Diffusers folder")
     model_tuned: str = option(required=True, path=True, help="tuned model")
     save_to: str = option(required=True, help="file for the LoRA")
-    dim: int = option(4, help="rank", least=1)
+    dim: int = option(4, help="rank of the new network", least=1)
     conv_dim: int | None = option(
         help="rank of kernels larger than 1x1; with it the layers around attention are taken, too", least=1
     )
