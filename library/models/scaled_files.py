@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import Tensor
@@ -53,6 +54,12 @@ class ScaledTensors(Mapping[str, Tensor]):
         self._tensors = tensors
         self.shapes: Mapping[str, tuple[int, ...]] = without_scales(tensors.shapes)
 
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Types, as they come out, and shapes."""
+        found = without_scales(self._tensors.infos)
+        return {name: replace(info, dtype="F32") if self._scales(name) else info for name, info in found.items()}
+
     def __getitem__(self, name: str) -> Tensor:
         tensor, scale = self.parts(name)
         return tensor if scale is None else tensor.float() * scale
@@ -68,8 +75,11 @@ class ScaledTensors(Mapping[str, Tensor]):
 
     def parts(self, name: str) -> tuple[Tensor, Tensor | None]:
         """A tensor as the file has it, and its scale (rows, 1), float32; None if it has none."""
-        tensor, layer = self._tensors[name], name.removesuffix(_WEIGHT)
-        found = [layer + end for end in SCALES if layer + end in self._tensors] if layer != name else []
+        tensor, found = self._tensors[name], self._scales(name)
         if not found:
             return tensor, None
         return tensor, self._tensors[found[0]].float().reshape(-1, 1).expand(len(tensor), 1)
+
+    def _scales(self, name: str) -> list[str]:
+        layer = name.removesuffix(_WEIGHT)
+        return [layer + end for end in SCALES if layer + end in self._tensors] if layer != name else []
