@@ -92,6 +92,20 @@ FLUX = FamilyTargets(
     ),
 )
 
+SD3 = FamilyTargets(
+    denoiser=Part("lora_unet", r"(?P<path>joint_blocks\.\d+\..+)", fused=r".*\.attn2?\.qkv"),
+    extras=Part(
+        "lora_unet",
+        r"(?P<path>context_embedder|[ty]_embedder\.mlp\.[02]|x_embedder\.proj"
+        r"|final_layer\.(adaLN_modulation\.1|linear))",
+    ),
+    encoders=(
+        Part("lora_te1", CLIP_PATHS, root="text_model.", name="clip_l"),
+        Part("lora_te2", CLIP_PATHS, root="text_model.", name="clip_g"),
+        Part("lora_te3", T5_PATHS, name="t5xxl"),
+    ),
+)
+
 UNET_BLOCKS = r"(?:(?:down|up)_blocks\.\d+|mid_block)"
 """Beginnings of the paths of modules in Diffusers' U-Nets."""
 

@@ -57,7 +57,7 @@ class Trained:
     def __init__(self, case: Case) -> None:
         self.case = case
         config, amount = case.config, case.amount
-        with torch.device(case.device), _default(case.dtype):
+        with torch.device(case.device), in_type(case.dtype):
             self.model = Flux(config)
             self.tokens = torch.randn(amount.images, amount.image_tokens, config.in_channels)
             self.text = torch.randn(amount.images, amount.text_tokens, config.context_width)
@@ -153,7 +153,8 @@ def like_cuda(monkeypatch: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
+def in_type(dtype: torch.dtype) -> Iterator[None]:
+    """What is made meanwhile is of this type."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -41,8 +41,9 @@ ROLES = {
     "sd_vae": Role("an SD or SDXL autoencoder", ("vae",)),
     "clip_l": Role("a CLIP-L text encoder", ("text_encoder",)),
     "clip_g": Role("a CLIP-G text encoder", ("text_encoder_2",)),
-    "t5xxl": Role("a T5-XXL text encoder", ("text_encoder_2", "text_encoder_3")),
+    "t5xxl": Role("a T5-XXL text encoder", ("text_encoder_3", "text_encoder_2")),
     "sd3": Role("an SD3 checkpoint", ("transformer",)),
+    "sd3_vae": Role("an SD3 autoencoder", ("vae",)),
     "sdxl": Role("an SDXL checkpoint", ("unet",)),
     "sd": Role("an SD 1.x or 2.x checkpoint", ("unet",)),
     "network": Role("a LoRA or another network", ()),
@@ -184,12 +185,28 @@ def _flux(names: _Names) -> Kind | None:
 
 
 def _sd3(names: _Names) -> Kind | None:
+    hint = "use the sd3 scripts"
     if names.has("joint_blocks.0.context_block.attn.qkv.weight"):
-        version = "3.5" if names.has("joint_blocks.0.context_block.attn.ln_k.weight") else "3"
-        return Kind("sd3", f"an SD{version} checkpoint", ("sd3",), "use the sd3 scripts")
+        version = "3" if not names.has("joint_blocks.0.context_block.attn.ln_k.weight") else _sd35(names)
+        inside = [role for role, (start, end) in _SD3_PARTS.items() if names.has(f"{start}{end}")]
+        what = "checkpoint" if inside else "transformer"
+        return Kind("sd3", f"an SD{version} {what}", ("sd3", *inside), hint)
     if names.has("transformer_blocks.0.attn.add_k_proj.weight") and names.has("pos_embed.proj.weight"):
-        return Kind("sd3_diffusers", "an SD3 transformer (Diffusers)", ("sd3",), "use the sd3 scripts")
+        return Kind("sd3_diffusers", "an SD3 transformer (Diffusers)", ("sd3",), hint)
     return None
+
+
+def _sd35(names: _Names) -> str:
+    return "3.5-medium" if names.has("joint_blocks.0.x_block.attn2.qkv.weight") else "3.5-large"
+
+
+_SD3_PARTS = {
+    "sd3_vae": ("first_stage_model.", "decoder.conv_in.weight"),
+    "clip_l": ("text_encoders.clip_l.transformer.", "text_model.embeddings.token_embedding.weight"),
+    "clip_g": ("text_encoders.clip_g.transformer.", "text_model.embeddings.token_embedding.weight"),
+    "t5xxl": ("text_encoders.t5xxl.transformer.", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+}
+"""What may lie in an SD3 checkpoint beside the transformer: a role, and a tensor of it."""
 
 
 def _stable_diffusion(names: _Names) -> Kind | None:
@@ -266,7 +283,8 @@ def _vae(names: _Names) -> Kind | None:
     if channels == 4:
         return Kind("sd_vae", f"an SD or SDXL autoencoder{layout}", ("sd_vae",), "give it as --vae")
     if channels == 16:
-        return Kind("flux_ae", f"a FLUX.1 or SD3 autoencoder{layout}", ("flux_ae",), "give it as --ae")
+        hint = "give it as --ae (FLUX.1) or --vae (SD3)"
+        return Kind("flux_ae", f"a FLUX.1 or SD3 autoencoder{layout}", ("flux_ae", "sd3_vae"), hint)
     return Kind("vae", f"an autoencoder with {channels} latent channels{layout}")
 
 

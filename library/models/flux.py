@@ -98,7 +98,7 @@ class Flux(nn.Module):
         self.guidance_in = MLPEmbedder(config.frequencies, config.width) if config.guidance else None
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.single_blocks))
-        self.final_layer = LastLayer(config)
+        self.final_layer = LastLayer(config.width, config.out_channels)
 
     def forward(
         self,
@@ -219,10 +219,10 @@ class SingleStreamBlock(nn.Module):
 class LastLayer(nn.Module):
     """From tokens to packed latents."""
 
-    def __init__(self, config: FluxConfig) -> None:
+    def __init__(self, width: int, out_channels: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(config.width, config.out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
+        self.linear = nn.Linear(width, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         """(B, N, C) from x (B, N, D)."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from library.files import DTYPES, LazyTensors, TensorInfo, atomic_write, save_safetensors
 from library.models.keymaps import Recipe, Recipes
+from library.models.scaled_files import ScaledTensors
 from library.pickles import PickledTensors
 
 
@@ -91,7 +92,7 @@ def same(names: Mapping[str, object]) -> Recipes:
 
 def without_data(tensors: Mapping[str, Tensor] | LazyTensors | PickledTensors) -> dict[str, Tensor]:
     """Tensors of the same types and shapes on the meta device."""
-    if isinstance(tensors, LazyTensors | PickledTensors):
+    if isinstance(tensors, LazyTensors | PickledTensors | ScaledTensors):
         return {name: _empty(info) for name, info in tensors.infos.items()}
     return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
 

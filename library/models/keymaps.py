@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -143,49 +143,72 @@ _FLUX_SWAPPED = ("final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_mod
 
 def flux_names(double_blocks: int, single_blocks: int) -> dict[str, tuple[str, ...]]:
     """BFL name -> the Diffusers names whose tensors, one below the other, make it up; guidance included."""
-    tables = [("", "", _FLUX)]
+    tables: list[tuple[str, str, Mapping[str, Sequence[str]]]] = [("", "", _FLUX)]
     tables += [(f"double_blocks.{i}.", f"transformer_blocks.{i}.", _FLUX_DOUBLE) for i in range(double_blocks)]
     tables += [(f"single_blocks.{i}.", f"single_transformer_blocks.{i}.", _FLUX_SINGLE) for i in range(single_blocks)]
-    names: dict[str, tuple[str, ...]] = {}
-    for bfl, diffusers, table in tables:
-        for ours, theirs in table.items():
-            if ours.endswith(".scale"):
-                names[bfl + ours] = tuple(diffusers + name for name in theirs)
-                continue
-            for kind in (".weight", ".bias"):
-                names[bfl + ours + kind] = tuple(diffusers + name + kind for name in theirs)
-    return names
+    return table_of(tables)
 
 
 def flux_from_diffusers(names: Mapping[str, object]) -> Recipes:
     """BFL layout from Diffusers names; tensors of unknown names keep them, and those that can't be made are absent."""
     double, single = (count_indices(names, rf"{kind}transformer_blocks\.(\d+)\.") for kind in ("", "single_"))
-    table = flux_names(double, single)
-    known = {source for sources in table.values() for source in sources}
-    recipes = {
-        bfl: Recipe(sources, _swap_halves if bfl in _FLUX_SWAPPED else stack if len(sources) > 1 else None)
-        for bfl, sources in table.items()
-        if all(source in names for source in sources)
-    }
-    return recipes | {name: Recipe((name,)) for name in names if name not in known}
+    return from_parts(flux_names(double, single), names, _FLUX_SWAPPED)
 
 
 def flux_to_diffusers(shapes: Shapes) -> Recipes:
     """Diffusers layout from BFL tensors."""
     double, single = (count_indices(shapes, rf"{kind}_blocks\.(\d+)\.") for kind in ("double", "single"))
-    table = flux_names(double, single)
+    return to_parts(flux_names(double, single), shapes, _FLUX_SWAPPED)
+
+
+# layouts that differ in names, in fused layers, and in the order of halves
+
+Table = Mapping[str, tuple[str, ...]]
+"""A name in one layout -> names in another whose tensors, one below the other, make it up."""
+
+
+def table_of(modules: Iterable[tuple[str, str, Mapping[str, Sequence[str]]]]) -> dict[str, tuple[str, ...]]:
+    """The table of tensors from tables of layers, each with the beginnings of its names in both layouts.
+
+    Names of layers stand for their weight and bias, those that end in `.scale` or `.weight` for a tensor.
+    """
+    names: dict[str, tuple[str, ...]] = {}
+    for before, new_before, table in modules:
+        for ours, theirs in table.items():
+            for kind in ("",) if ours.endswith((".scale", ".weight")) else (".weight", ".bias"):
+                names[before + ours + kind] = tuple(new_before + name + kind for name in theirs)
+    return names
+
+
+def from_parts(table: Table, names: Mapping[str, object], swapped: Collection[str] = ()) -> Recipes:
+    """The first layout of a table from the names of the second; unknown names stay, what can't be made is absent.
+
+    Args:
+        swapped: names of tensors whose halves the layouts have in different order.
+    """
+    known = {source for sources in table.values() for source in sources}
+    recipes = {
+        ours: Recipe(sources, _swap_halves if ours in swapped else stack if len(sources) > 1 else None)
+        for ours, sources in table.items()
+        if all(source in names for source in sources)
+    }
+    return recipes | {name: Recipe((name,)) for name in names if name not in known}
+
+
+def to_parts(table: Table, shapes: Shapes, swapped: Collection[str] = ()) -> Recipes:
+    """The second layout of a table from tensors of the first; see `from_parts`."""
     recipes: Recipes = {}
-    for bfl, targets in table.items():
-        if bfl in shapes:
-            width = shapes[bfl.removesuffix(".bias").removesuffix(".weight") + ".weight"][1] if len(targets) > 1 else 0
+    for ours, targets in table.items():
+        if ours in shapes:
+            width = shapes[ours.removesuffix(".bias").removesuffix(".weight") + ".weight"][1] if len(targets) > 1 else 0
             for index, target in enumerate(targets):
-                if bfl in _FLUX_SWAPPED:
-                    recipes[target] = Recipe((bfl,), _swap_halves)
+                if ours in swapped:
+                    recipes[target] = Recipe((ours,), _swap_halves)
                 elif len(targets) > 1:
                     stop = (index + 1) * width if index + 1 < len(targets) else None
-                    recipes[target] = Recipe((bfl,), Rows(index * width, stop))
+                    recipes[target] = Recipe((ours,), Rows(index * width, stop))
                 else:
-                    recipes[target] = Recipe((bfl,))
+                    recipes[target] = Recipe((ours,))
     return recipes
 
 
@@ -298,10 +321,12 @@ T5_IGNORED = ("decoder.", "lm_head.", "spiece_model", "logit_scale")
 """What T5 files may hold besides the encoder."""
 
 
-def clip_text(names: Mapping[str, object]) -> Recipes:
-    """The text tower of a CLIP file, `text_model.…`, wherever in a bigger file it lies."""
+def clip_text(names: Mapping[str, object], *, projected: bool = False) -> Recipes:
+    """The text tower of a CLIP file, `text_model.…`, wherever in a bigger file it lies; its projection if wanted."""
     prefix = next((name.removesuffix(CLIP_TOKENS) for name in names if name.endswith(CLIP_TOKENS)), "")
-    return _without(without_prefix(names, prefix), CLIP_IGNORED)
+    found = without_prefix(names, prefix)
+    projection = {name: recipe for name, recipe in found.items() if projected and name == PROJECTION}
+    return _without(found, CLIP_IGNORED) | projection
 
 
 def t5_encoder(names: Mapping[str, object]) -> Recipes:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -203,22 +203,24 @@ class Filling:
 def _fill(model: Model, tensors: Mapped, shapes: Shapes, filling: Filling) -> Model:
     """The model with the tensors in place of its empty ones; aliases of one tensor stay one."""
     aliases: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
+    empty: Mapping[str, Tensor] = model.state_dict(keep_vars=True)  # parameters, and buffers that files hold
+    for name, tensor in empty.items():
+        aliases.setdefault(id(tensor), []).append(name)
     places = {names[0]: names for names in aliases.values()}
-    _compare({name: tuple(cast(Tensor, model.get_parameter(name)).shape) for name in places}, shapes)
+    _compare({name: tuple(empty[name].shape) for name in places}, shapes)
     missing = Counter(name.rpartition(".")[0] for names in places.values() for name in names)
     for name in tensors:
         if not (filling.keep_float8 and _adopted(model, name, tensors, filling)):
             value = filling.placed(name, tensors[name])
-            parameter = nn.Parameter(value, requires_grad=value.is_floating_point())
+            if isinstance(empty[name], nn.Parameter):
+                value = nn.Parameter(value, requires_grad=value.is_floating_point())
             for alias in places[name]:
                 owner, _, leaf = alias.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, parameter)
+                setattr(model.get_submodule(owner), leaf, value)
         for alias in places[name]:
             owner = alias.rpartition(".")[0]
             missing[owner] -= 1
-            if filling.finished is not None and not missing[owner]:
+            if owner and filling.finished is not None and not missing[owner]:
                 filling.finished(owner, model.get_submodule(owner))
     return model
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from library.models import autoencoder, clip, keymaps, unet
 from library.models.checkpoints_sd import OPTION, TEXT, UNET, VAE, Checkpoint, Part, Role, find_checkpoint, find_vae
 from library.models.keymaps import Mapped, Shapes, mapped_shapes
@@ -13,7 +15,6 @@ from library.models.keymaps_sd import Version
 from library.models.loading import Filling, Finished, filled
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 
@@ -123,19 +124,19 @@ def build_vae(shapes: Shapes) -> nn.Module:
 
 
 def _encoder(checkpoint: Checkpoint, name: str, filling: Filling) -> nn.Module:
-    part = checkpoint.part(name)
-    with part.opened() as tensors:
-        shapes = part.shapes
-        keys = clip.clip_keys(_empty_encoder(shapes, name, checkpoint.version), shapes)
-        source = Mapped(tensors.source, keymaps.chained(tensors.recipes, keys))
-        ours = mapped_shapes(shapes, keys)
-        model = filled(lambda: build_encoder(shapes, name, checkpoint.version), source, ours, filling)
-        clip.restore_positions(model)
-        return model
+    return load_clip(checkpoint.part(name), activation(name, checkpoint.version), filling)
 
 
-def _empty_encoder(shapes: Shapes, name: str, version: Version) -> nn.Module:
-    import torch
+def load_clip(part: Part, activation: str, filling: Filling) -> nn.Module:
+    """The CLIP text encoder of a part with Hugging Face names, with a projection if there is one."""
+
+    def build() -> nn.Module:
+        return clip.build_clip(part.shapes, activation)
 
     with torch.device("meta"):
-        return build_encoder(shapes, name, version)
+        keys = clip.clip_keys(build(), part.shapes)
+    with part.opened() as tensors:
+        source = Mapped(tensors.source, keymaps.chained(tensors.recipes, keys))
+        model = filled(build, source, mapped_shapes(part.shapes, keys), filling)
+    clip.restore_positions(model)
+    return model

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import Tensor
@@ -52,6 +53,12 @@ class ScaledTensors(Mapping[str, Tensor]):
     def __init__(self, tensors: LazyTensors | PickledTensors) -> None:
         self._tensors = tensors
         self.shapes: Mapping[str, tuple[int, ...]] = without_scales(tensors.shapes)
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Types, as they come out, and shapes."""
+        found = without_scales(self._tensors.infos)
+        return {name: replace(info, dtype="F32") if self._scale_of(name) else info for name, info in found.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         tensor, scale = self.parts(name)

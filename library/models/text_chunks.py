@@ -55,13 +55,19 @@ def hidden_state(model: Any, rows: Tensor, skip: int | None = None, *, normed: b
     return final_norm(model)(state) if normed else state
 
 
-def penultimate_and_pooled(model: Any, rows: Tensor, eos: int) -> tuple[Tensor, Tensor]:
-    """The last but one layer's states (R, 77, D), and the projected final state at the end mark of each row (R, P)."""
-    said = model(input_ids=rows, output_hidden_states=True)
+def penultimate_and_pooled(model: Any, rows: Tensor, eos: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The last but one layer's states (R, 77, D), and the final state at the end mark of each row (R, P).
+
+    The latter is projected if the model has a projection.
+
+    Args:
+        mask: (R, 77), 0 where a token is padding that nobody may look at; None: all are looked at.
+    """
+    said = model(input_ids=rows, attention_mask=mask, output_hidden_states=True)
     final = final_norm(model)(said.hidden_states[-1])
     at = (rows == eos).int().argmax(dim=-1)
     pooled = final[torch.arange(len(final), device=final.device), at]
-    return said.hidden_states[-2], model.text_projection(pooled)
+    return said.hidden_states[-2], model.text_projection(pooled) if hasattr(model, "text_projection") else pooled
 
 
 def weighted(hidden: Tensor, weights: Tensor | None) -> Tensor:
