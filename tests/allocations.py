@@ -40,6 +40,8 @@ class Allocations(TorchDispatchMode):
         return tree_map_only(Tensor, self._count, func(*args, **(kwargs or {})))
 
     def _count(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type == "meta":
+            return tensor
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._seen:

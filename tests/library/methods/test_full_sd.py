@@ -208,10 +208,10 @@ def test_a_resumed_run_knows_whether_it_has_stopped(step: int, stopped: bool) ->
 
 def test_stopped_encoders_get_no_gradients_from_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("library.methods.base.average_gradients", lambda params, processes: seen.append(list(params)))
+    monkeypatch.setattr("library.methods.base.average_gradients", lambda params, *_: seen.append(list(params)))
     assert average_gradients
     method, _ = attached(TRAIN_DB, SD, "--stop_text_encoder_training", "1")
-    accelerator = SimpleNamespace(num_processes=2)
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
     method.reduce_gradients(accelerator)
     method.after_step(1)
     method.reduce_gradients(accelerator)
