@@ -163,9 +163,12 @@ class Tiny:
         self.own = tools_for_networks(folder) | write_for_image_tools(folder, images)
         write_for_sd_tools(folder, models["tokenizers"])
         self.config = self._write("my_cat.toml", base)
-        shared = {name: base[name] for name in ("dataset_config", "output_dir", "output_name")}
+        shared = {name: base[name] for name in ("dataset_config", "output_dir")}
         self.configs = {
-            name: self._write(f"my_cat_{name}.toml", {**shared, "network_module": "networks.lora", **self._model(name)})
+            name: self._write(
+                f"my_cat_{name}.toml",
+                {**shared, "output_name": f"my_{name}", "network_module": "networks.lora", **self._model(name)},
+            )
             for name in ("sd1", "sd2", "sdxl")
         }
 

@@ -424,7 +424,7 @@ LOOKS = {
 OTHERS = {
     "sdxl": (["conditioner.embedders.1.model.ln_final.weight"], "an SDXL checkpoint", "sdxl scripts"),
     "sd1": (["cond_stage_model.transformer.x", "input_blocks.1.0.in_layers.0.weight"], "an SD 1.x", "scripts for SD"),
-    "sd3": (["joint_blocks.0.context_block.attn.qkv.weight"], "an SD3 checkpoint", "sd3 scripts"),
+    "sd3": (["joint_blocks.0.context_block.attn.qkv.weight"], "an SD3 transformer", "sd3 scripts"),
     "flux2": (["double_stream_modulation_img.lin.weight"], "a FLUX.2 transformer", "FLUX.1"),
     "chroma": (["distilled_guidance_layer.in_proj.weight"], "a Chroma transformer", "FLUX.1"),
     "scaled twice": (["double_blocks.0.img_attn.qkv.weight_scale_2"], "'scaled' form", "bf16"),
