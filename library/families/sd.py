@@ -174,7 +174,7 @@ class Sd:
 
     def token_limits(self) -> dict[str, int]:
         """Longest token sequence, with both marks."""
-        return dict.fromkeys(self.encoder_names, self.length + 2)
+        return self.wording.limits()
 
     def count_tokens(self, captions: Sequence[str]) -> dict[str, list[int]]:
         """Number of tokens of each caption, both marks included and nothing cut."""

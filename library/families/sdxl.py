@@ -154,7 +154,7 @@ class Sdxl:
 
     def token_limits(self) -> dict[str, int]:
         """Longest token sequences, with both marks."""
-        return dict.fromkeys(self.encoder_names, self.length + 2)
+        return self.wording.limits()
 
     def count_tokens(self, captions: Sequence[str]) -> dict[str, list[int]]:
         """Number of tokens of each caption, both marks included and nothing cut, by encoder name."""
