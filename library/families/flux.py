@@ -173,6 +173,10 @@ class Flux:
 
     def part_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Shapes of the tensors of the transformer and the text encoders, from the headers only."""
+        return self._part_shapes
+
+    @cached_property
+    def _part_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         transformer = loading.flux_shapes(self.files.required("transformer"), self.files.transformer_option)
         return {"unet": transformer, **self._encoder_shapes()}
 
