@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from library import caching, devices, inspection, log, placing, run_data
+from library import caching, inspection, log, placing, run_data
 from library.assembly import Precision, Setting
 from library.data import reports
 from library.findings import warning
 from library.log import UserError
-from library.option_groups import CacheToolOptions, T5DtypeOptions
+from library.option_groups import CacheToolOptions
 from library.train import preflight, processes, watch
 from library.train.ranks import Ranks
 from library.train.room import check_cache_room
@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 
 logger = log.get_logger(__name__)
 
-_FLUX = ("clip_l", "t5xxl", "ae", "t5xxl_max_token_length", "apply_t5_attn_mask", "t5xxl_dtype")
-_SD = ("vae", "max_token_length", "weighted_captions")
+_SD = ("v2", "clip_skip", "max_token_length", "weighted_captions")
+_T5 = ("clip_l", "t5xxl", "t5xxl_max_token_length", "apply_t5_attn_mask", "t5xxl_dtype", "t5xxl_device")
+_SD3 = ("clip_g", "apply_lg_attn_mask")
 _OTHERS: Mapping[str, Sequence[str]] = {
-    "flux": ("v2", "clip_skip", *_SD),
-    "sdxl": ("v2", "clip_skip", *_FLUX),
-    "sd": _FLUX,
+    "flux": (*_SD, "vae", *_SD3),
+    "sd3": (*_SD, "ae"),
+    "sdxl": ("v2", "clip_skip", "ae", *_T5, *_SD3),
+    "sd": ("ae", *_T5, *_SD3),
 }
 """Options that are for other families, by family."""
-_NAMES: Mapping[str, str] = {"flux": "FLUX.1", "sdxl": "SDXL", "sd": "SD 1.x and 2.x"}
+_NAMES: Mapping[str, str] = {"flux": "FLUX.1", "sd3": "SD3", "sdxl": "SDXL", "sd": "SD 1.x and 2.x"}
 
 
 def cache_latents(options: Options) -> None:
@@ -45,13 +47,11 @@ def cache_latents(options: Options) -> None:
 
 def cache_text_encoder_outputs(options: Options) -> None:
     """Fills the text cache of a dataset, on disk."""
-    name = options[T5DtypeOptions].t5xxl_dtype
-    dtypes = {} if name is None else {"t5xxl": devices.dtype_of(name, "--t5xxl_dtype")}
 
     def fill(job: Setting) -> None:
         names = job.family.encoder_names if job.caches.lack_text else ()
         watch.heartbeat("loading the text encoders")
-        caching.fill_text(job, placing.load_encoders(job, names, frozenset(), dtypes))
+        caching.fill_text(job, placing.load_encoders(job, names, frozenset()))
 
     _fill(options.with_values(cache_text_encoder_outputs=True, cache_text_encoder_outputs_to_disk=True), fill)
 
@@ -67,7 +67,7 @@ def _fill(options: Options, fill: Callable[[Setting], None]) -> None:
     if inspection.only_looks(options):
         inspection.inspect(options, family, data, ())
         return
-    caches = caching.look(options, family, data, precision, encoder_types=_encoder_types(options, precision))
+    caches = caching.look(options, family, data, precision)
     preflight.report(
         check_cache_room(caches.bytes_needed(family, processes.world_size()), run_data.cache_folder(options, scan))
     )
@@ -87,18 +87,21 @@ def _fill(options: Options, fill: Callable[[Setting], None]) -> None:
 
 
 def _family(options: Options) -> type[Family]:
-    """The family that the tool is told, by its flag or by files that only FLUX.1 has. Errors: UserError for two."""
+    """The family that the tool is told, by its flag or by files that only some have. Errors: UserError for two."""
     from library.families.flux import Flux
     from library.families.sd import Sd
+    from library.families.sd3 import Sd3
     from library.families.sdxl import Sdxl
 
-    group = options[CacheToolOptions]
-    if group.flux and group.sdxl:
-        raise UserError("a cache is for one family", "--flux --sdxl", "give one of them", code="E-CHECK")
-    named = group.flux or group.sdxl
-    files = [name for name in ("clip_l", "t5xxl", "ae") if options.value(name)]
-    family: type[Family] = Sdxl if group.sdxl else Flux if group.flux or files else Sd
-    why = f", since --{files[0]} is given" if files else "; for others give --sdxl or --flux"
+    families: dict[str, type[Family]] = {"flux": Flux, "sdxl": Sdxl, "sd3": Sd3}
+    named = [name for name in families if getattr(options[CacheToolOptions], name)]
+    if len(named) > 1:
+        where = " ".join(f"--{name}" for name in named)
+        raise UserError("a cache is for one family", where, "give one of them", code="E-CHECK")
+    files = [name for name in ("clip_g", "ae", "clip_l", "t5xxl") if options.value(name)]
+    told = "sd3" if files and files[0] == "clip_g" else "flux"
+    family = families[named[0]] if named else families[told] if files else Sd
+    why = f", since --{files[0]} is given" if files else "; for others give --sdxl, --sd3 or --flux"
     logger.info("the cache is for %s%s", _NAMES[family.traits.name], "" if named else why)
     return family
 
@@ -108,13 +111,6 @@ def _for_others(options: Options, family: Family) -> Iterator[Finding]:
     for name in _OTHERS[family.traits.name]:
         if options.script.option(name) and options.is_meant(name) and name not in options.script.ignored:
             yield warning(f"it does nothing for {_NAMES[family.traits.name]}", f"--{name}")
-
-
-def _encoder_types(options: Options, precision: Precision) -> str | None:
-    """The types of the encoders where T5 has one of its own: outputs of another type are other outputs."""
-    name = options[T5DtypeOptions].t5xxl_dtype if options.has(T5DtypeOptions) else None
-    own = None if name is None else devices.dtype_of(name, "--t5xxl_dtype")
-    return None if own in (None, precision.frozen) else f"{precision.frozen}, t5xxl {own}"
 
 
 def _show(title: str, lines: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from library import placing
 from library.data import cache
 from library.data.cache_names import CacheNames
 from library.option_groups import CacheOptions, TextCacheOptions
@@ -67,12 +68,10 @@ def look(
     data: TrainingData,
     precision: Precision,
     changes_to_encoders: str = "",
-    encoder_types: str | None = None,
 ) -> Caches:
     """Opens every cache file and finds out what has to be encoded.
 
-    `changes_to_encoders` stands for all that is done to the text encoders of the files before they are used;
-    `encoder_types` for the types they run in, where that isn't the precision's.
+    `changes_to_encoders` stands for all that is done to the text encoders of the files before they are used.
     """
     latents, text = options[CacheOptions], options[TextCacheOptions]
     same = cache.CacheSettings(
@@ -97,11 +96,18 @@ def look(
         settings = replace(
             same,
             identity=family.text_identity() + changes_to_encoders if text.cache_text_encoder_outputs_to_disk else "",
-            dtype=str(precision.frozen) if encoder_types is None else encoder_types,
+            dtype=_encoder_types(family, options, precision),
             to_disk=text.cache_text_encoder_outputs_to_disk,
         )
         found_text = cache.check_text(data, settings)
     return Caches(found_latents, found_text)
+
+
+def _encoder_types(family: Family, options: Options, precision: Precision) -> str:
+    """The types that the encoders run in: outputs of another type are other outputs."""
+    own = {name: placing.Place.of(options, name).dtype for name in family.encoder_names}
+    others = [f"{name} {dtype}" for name, dtype in own.items() if dtype not in (None, precision.frozen)]
+    return ", ".join([str(precision.frozen), *others])
 
 
 def fill_text(job: Setting, encoders: Mapping[str, nn.Module]) -> None:

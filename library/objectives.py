@@ -69,6 +69,10 @@ class FlowSettings:
     huber_schedule: str = "snr"
     huber_c: float = 0.1
     huber_scale: float = 1.0
+    whole_timesteps: bool = False
+    """Whether timesteps are whole numbers, 1 to 1000."""
+    sampling_shift: float | None = None
+    """Shift of the sampler's noise levels for images of any size; None: it follows their size."""
     min_timestep: int | None = None
     max_timestep: int | None = None
     ip_noise_gamma: float | None = None
@@ -120,6 +124,8 @@ class Flow:
         """(B,) float32: noise levels for images of that many tokens."""
         low, high = _timestep_range(self.settings)
         sigma = SAMPLINGS[self.settings.timestep_sampling](self.settings, draws, tokens)
+        if self.settings.whole_timesteps:
+            return (sigma * (high - low) + low).floor().clamp(min=1) / TIMESTEPS
         return sigma if (low, high) == (0, TIMESTEPS) else low / TIMESTEPS + sigma * ((high - low) / TIMESTEPS)
 
     def even_sigmas(self, count: int) -> list[float]:
@@ -131,7 +137,7 @@ class Flow:
         """For example `timestep_sampling shift, sigmoid_scale 1, discrete_flow_shift 3`."""
         settings = self.settings
         names = ["timestep_sampling", *DENSITY_SETTINGS[settings.timestep_sampling]]
-        if settings.timestep_sampling == "sigma" and settings.weighting_scheme in DENSITIES:
+        if settings.timestep_sampling in ("sigma", "density") and settings.weighting_scheme in DENSITIES:
             names += ["weighting_scheme", *DENSITY_SETTINGS[settings.weighting_scheme]]
         names += [name for name in ("min_timestep", "max_timestep") if getattr(settings, name) is not None]
         values = ((name, getattr(settings, name)) for name in names)
@@ -160,7 +166,16 @@ class Flow:
         return x + (t_next - t) * prediction
 
     def schedule(self, steps: int, tokens: int, shift: bool) -> Tensor:
-        """Equal steps from 1 to 0; with `shift`, larger images stay longer at high noise."""
+        """Equal steps from 1 to 0; with `shift`, larger images stay longer at high noise.
+
+        With `sampling_shift` the steps go from 1 to the least level there is, 1/1000 shifted, are shifted, and 0
+        follows. Source: Stability-AI/sd3.5, sd3_infer.py, whose last level is shifted twice.
+        """
+        fixed = self.settings.sampling_shift
+        if fixed is not None:
+            least = fixed / (TIMESTEPS + fixed - 1)
+            falling = _shifted(torch.linspace(1, least, steps, dtype=torch.float64), fixed)
+            return torch.cat((falling, falling.new_zeros(1))).float()
         sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         return (_shifted(sigma, math.exp(resolution_mu(tokens))) if shift else sigma).float()
 
@@ -210,6 +225,12 @@ def _sigma(settings: FlowSettings, draws: Draws, tokens: int) -> Tensor:
     return _shifted((TIMESTEPS - index) / TIMESTEPS, settings.discrete_flow_shift)
 
 
+def _density(settings: FlowSettings, draws: Draws, tokens: int) -> Tensor:
+    """The level itself has the density of `weighting_scheme`; it is shifted then."""
+    u = DENSITIES.get(settings.weighting_scheme, _uniform)(settings, draws, tokens)
+    return _shifted(u, settings.discrete_flow_shift)
+
+
 def _logit_normal(settings: FlowSettings, draws: Draws, tokens: int) -> Tensor:
     return torch.sigmoid(settings.logit_mean + settings.logit_std * draws.normal_scalars())
 
@@ -223,16 +244,19 @@ Sampling = Callable[[FlowSettings, Draws, int], Tensor]
 
 SAMPLINGS: dict[str, Sampling] = {
     "sigma": _sigma,
+    "density": _density,
     "uniform": _uniform,
     "sigmoid": _sigmoid,
     "shift": _shift,
     "flux_shift": _flux_shift,
 }
 DENSITIES: dict[str, Sampling] = {"logit_normal": _logit_normal, "mode": _mode}
-"""`weighting_scheme`s that decide where `timestep_sampling sigma` looks into its table; the others look anywhere."""
+"""`weighting_scheme`s that decide where `timestep_sampling sigma` looks into its table, and which levels `density` gives;
+with the others all are as likely."""
 
 DENSITY_SETTINGS: dict[str, tuple[str, ...]] = {
     "sigma": ("discrete_flow_shift",),
+    "density": ("discrete_flow_shift",),
     "uniform": (),
     "sigmoid": ("sigmoid_scale",),
     "shift": ("sigmoid_scale", "discrete_flow_shift"),

@@ -95,18 +95,31 @@ class VaePrecisionOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class T5TextOptions:
+    """Text encoders."""
+
+    clip_l: str | None = option(
+        path=True, help="CLIP-L text encoder, a safetensors file; SD3 needs it where the model holds none"
+    )
+    t5xxl: str | None = option(
+        path=True,
+        help="T5-XXL text encoder, a safetensors file; fp8 files (e4m3) work, too; SD3 also does without it",
+    )
+    t5xxl_max_token_length: int | None = option(
+        help="tokens for T5; 512 for FLUX.1-dev and 256 for FLUX.1-schnell and SD3 when not given", least=1
+    )
+    apply_t5_attn_mask: bool = option(
+        False,
+        help="hide padding tokens from T5 and, of FLUX, from the transformer's attention; cached text outputs must "
+        "match",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class FluxOptions:
     """FLUX.1."""
 
-    clip_l: str | None = option(path=True, help="CLIP-L text encoder, a safetensors file")
-    t5xxl: str | None = option(path=True, help="T5-XXL text encoder, a safetensors file; fp8 files (e4m3) work, too")
     ae: str | None = option(path=True, help="autoencoder of FLUX, a safetensors file")
-    t5xxl_max_token_length: int | None = option(
-        help="tokens for T5; 512 for FLUX.1-dev and 256 for FLUX.1-schnell when not given", least=1
-    )
-    apply_t5_attn_mask: bool = option(
-        False, help="hide padding tokens from T5 and from the transformer's attention; cached text outputs must match"
-    )
     guidance_scale: float = option(
         3.5,
         help="guidance that FLUX.1-dev embeds, during training; 1.0 is usual for training; schnell has none",
@@ -144,6 +157,59 @@ class FlowDensityOptions:
     logit_mean: float = option(0.0, help="mean of logit_normal")
     logit_std: float = option(1.0, help="standard deviation of logit_normal", least=0)
     mode_scale: float = option(1.29, help="shape of mode")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sd3TextOptions:
+    """Text encoders of SD3."""
+
+    clip_g: str | None = option(
+        path=True, help="CLIP-G text encoder, a safetensors file; needed where the model holds none"
+    )
+    apply_lg_attn_mask: bool = option(
+        False, help="hide padding tokens from CLIP-L and CLIP-G; cached text outputs must match"
+    )
+    t5xxl_device: str | None = option(
+        help="device for T5 as long as it isn't trained; the training's when not given", example="cpu"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sd3Options:
+    """SD3."""
+
+    training_shift: float = option(
+        1.0, help="noise levels are shifted up by this factor on the odds; SD3 was made with 3", least=0
+    )
+    clip_l_dropout_rate: float = option(
+        0.0, help="probability that a sample is trained without what CLIP-L says", least=0, most=1
+    )
+    clip_g_dropout_rate: float = option(0.0, help="the same for CLIP-G", least=0, most=1)
+    t5_dropout_rate: float = option(0.0, help="the same for T5", least=0, most=1)
+    pos_emb_random_crop_rate: float = option(
+        0.0,
+        help="probability that a sample gets positions from a random place of the model's table, not from its middle; "
+        "SD3.5-medium was made so",
+        least=0,
+        most=1,
+    )
+    enable_scaled_pos_embed: bool = option(
+        False, help="positions span the same range at every resolution; for SD3.5-medium at several resolutions"
+    )
+    use_t5xxl_cache_only: bool = option(
+        False, help="old way to train CLIP with cached outputs of T5; now encoders that are trained always run live"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sd3DensityOptions(FlowDensityOptions):
+    """Density and weight of noise levels."""
+
+    weighting_scheme: str = option(
+        "logit_normal",
+        choices=("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"),
+        help="density of the noise levels (logit_normal, mode; else uniform) or loss weight (sigma_sqrt, cosmap)",
+    )
 
 
 # dataset
@@ -836,6 +902,36 @@ class SdxlFullOptions:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sd3FullOptions:
+    """Fine-tuning of SD3."""
+
+    train_t5xxl: bool = option(False, help="train T5, too; with --train_text_encoder")
+    learning_rate_te1: float | None = option(
+        help=f"learning rate of CLIP-L; --learning_rate when not given{_TRAINED_RATE}", example="1e-6"
+    )
+    learning_rate_te2: float | None = option(
+        help=f"learning rate of CLIP-G; --learning_rate when not given{_TRAINED_RATE}", example="1e-6"
+    )
+    learning_rate_te3: float | None = option(
+        help=f"learning rate of T5; --learning_rate when not given{_TRAINED_RATE}", example="1e-6"
+    )
+    num_last_block_to_freeze: int | None = option(help="leave so many of the last blocks as they are", least=0)
+    save_clip: bool = option(
+        False, help="put CLIP-L and CLIP-G into the saved model; those that are trained always are"
+    )
+    save_t5xxl: bool = option(False, help="put T5 into the saved model; if it is trained it always is")
+    blockwise_fused_optimizers: bool = option(
+        False, help="one optimizer per transformer block, stepped during the backward pass, which saves memory"
+    )
+    fused_optimizer_groups: int | None = option(
+        help="cut the parameters into this many groups, each stepped during the backward pass by an optimizer of its "
+        "own, which saves the memory of the gradients",
+        least=0,
+    )
+    skip_latents_validity_check: bool = option(False, help="old spelling of --skip_cache_check")
+
+
 # tools
 
 
@@ -845,6 +941,7 @@ class CacheToolOptions:
 
     flux: bool = option(False, help="the cache is for FLUX.1; SD 1.x and 2.x when nothing tells")
     sdxl: bool = option(False, help="the cache is for SDXL")
+    sd3: bool = option(False, help="the cache is for SD3")
     skip_existing: bool = option(
         False, help="leave files alone that exist; they are always checked, and right ones kept"
     )
@@ -1262,7 +1359,8 @@ class ExtractDyloraOptions:
 
 
 _CONSOLE = (ConsoleOptions, ConfigFileOptions)
-_DATASET = (ModelOptions, LegacySDOptions, DatasetOptions, CaptionOptions, CacheOptions, TextCacheOptions, FluxOptions)
+_MODEL_AND_DATA = (ModelOptions, LegacySDOptions, DatasetOptions, CaptionOptions, CacheOptions, TextCacheOptions)
+_DATASET = (*_MODEL_AND_DATA, T5TextOptions, FluxOptions)
 _TRAINING = (
     *(
         LengthOptions,
@@ -1302,6 +1400,7 @@ _CACHING_IGNORED = {
 _NO_TEXT, _NO_IMAGES = "only latents are cached here", "only text encoder outputs are cached here"
 _TEXT_ONLY = (
     *("clip_l", "t5xxl", "tokenizer_cache_dir", "clip_skip", "max_token_length", "weighted_captions"),
+    *("clip_g", "apply_lg_attn_mask", "t5xxl_device"),
     *("t5xxl_max_token_length", "apply_t5_attn_mask", "text_encoder_batch_size"),
     *("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
 )
@@ -1358,7 +1457,10 @@ FLUX_MINIMAL_INFERENCE = Script(
 CACHE_LATENTS = Script(
     name="tools/cache_latents.py",
     summary="Encodes the images of a dataset once and stores the latents beside them.",
-    groups=(*_CONSOLE, CacheToolOptions, *_DATASET, VaePrecisionOptions, *_TRAINING, PriorLossOptions),
+    groups=(
+        *(*_CONSOLE, CacheToolOptions, *_DATASET, Sd3TextOptions, VaePrecisionOptions),
+        *(*_TRAINING, PriorLossOptions),
+    ),
     pending=_DATASET_PENDING,
     ignored={**_CACHING_IGNORED, **dict.fromkeys(_TEXT_ONLY, _NO_TEXT)},
 )
@@ -1366,7 +1468,10 @@ CACHE_LATENTS = Script(
 CACHE_TEXT_ENCODER_OUTPUTS = Script(
     name="tools/cache_text_encoder_outputs.py",
     summary="Encodes the captions of a dataset once and stores the text encoder outputs beside the images.",
-    groups=(*_CONSOLE, CacheToolOptions, *_DATASET, T5DtypeOptions, *_TRAINING, PriorLossOptions),
+    groups=(
+        *(*_CONSOLE, CacheToolOptions, *_DATASET, Sd3TextOptions, T5DtypeOptions),
+        *(*_TRAINING, PriorLossOptions),
+    ),
     pending=_DATASET_PENDING,
     ignored={**_CACHING_IGNORED, **dict.fromkeys(_IMAGES_ONLY, _NO_IMAGES)},
 )
@@ -1664,6 +1769,51 @@ SDXL_TRAIN_NETWORK = Script(
     ignored={**_SD_FULL_IGNORED, "clip_skip": "SDXL always takes the layers that it was made with"},
 )
 
+# SD3
+
+_SD3 = (
+    *(*_CONSOLE, *_MODEL_AND_DATA, T5TextOptions, Sd3TextOptions, T5DtypeOptions, Sd3Options),
+    *(Sd3DensityOptions if group is FlowDensityOptions else group for group in _TRAINING),
+    *(*_TRAINERS_ONLY, VaePrecisionOptions, PriorLossOptions, ValidationOptions, EmaOptions),
+)
+_SD3_REFUSED = {"weighted_captions": "SD3 can't weigh words of captions"}
+_SD3_LENGTHS = "CLIP always gets 77 tokens and T5 as many as --t5xxl_max_token_length says"
+_FLOW_ONLY = "SD3 learns a flow, which has no such noise schedule"
+_SD3_IGNORED = {
+    **{name: _FLOW_ONLY if why is _DDPM_ONLY else why for name, why in _FLUX_IGNORED.items() if name != "vae"},
+    "max_token_length": _SD3_LENGTHS,
+    "sample_sampler": "SD3 has one sampler",
+    "use_t5xxl_cache_only": "encoders that are trained run live, whatever is cached",
+}
+_ONE_FILE = "SD3 models are saved as one safetensors file"
+
+SD3_TRAIN_NETWORK = Script(
+    name="sd3_train_network.py",
+    summary="Trains a LoRA or another network on SD3 or SD3.5.",
+    groups=(*_SD3, NetworkOptions),
+    pending=_SD_FULL_PENDING,
+    refused=_SD3_REFUSED,
+    ignored=_SD3_IGNORED,
+)
+
+SD3_TRAIN = Script(
+    name="sd3_train.py",
+    summary="Fine-tunes SD3 or SD3.5.",
+    groups=(*_SD3, FullSaveOptions, TrainEncoderOptions, Sd3FullOptions),
+    pending=_SD_FULL_PENDING,
+    refused={
+        **_FEW_BITS,
+        **_SD3_REFUSED,
+        "save_model_as=diffusers": _ONE_FILE,
+        "save_model_as=diffusers_safetensors": _ONE_FILE,
+    },
+    ignored={
+        **_SD3_IGNORED,
+        "save_model_as=ckpt": _ONE_FILE,
+        "use_safetensors": "SD3 models are always safetensors",
+    },
+)
+
 # image generation with SDXL
 
 
@@ -1717,6 +1867,7 @@ SDXL_MINIMAL_INFERENCE = Script(
 SCRIPTS = (
     *(FLUX_TRAIN_NETWORK, FLUX_TRAIN, FLUX_MINIMAL_INFERENCE, CACHE_LATENTS, CACHE_TEXT_ENCODER_OUTPUTS, SHOW_METADATA),
     *(TRAIN_NETWORK, SDXL_TRAIN_NETWORK, TRAIN_DB, FINE_TUNE, SDXL_TRAIN, SDXL_MINIMAL_INFERENCE),
+    *(SD3_TRAIN_NETWORK, SD3_TRAIN),
     *(FLUX_MERGE_LORA, FLUX_EXTRACT_LORA, CONVERT_FLUX_LORA, CONVERT_DIFFUSERS_TO_FLUX),
     *(MERGE_LORA, SDXL_MERGE_LORA, MERGE_LORA_OLD, SVD_MERGE_LORA, CHECK_LORA_WEIGHTS, LORA_INTERROGATOR),
     *(MERGE_MODELS, CONVERT_DIFFUSERS20_ORIGINAL_SD),

@@ -51,20 +51,44 @@ def choose_attention(options: Options) -> None:
 # loading
 
 
-def load_encoders(
-    job: Setting, names: Sequence[str], trained: frozenset[str], dtypes: dict[str, torch.dtype] | None = None
-) -> dict[str, nn.Module]:
-    """The named text encoders on the device; those that aren't trained in few bits, if that is wanted."""
+@dataclass(frozen=True)
+class Place:
+    """Where a text encoder that isn't trained runs, and in which type; None: like all others."""
+
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, options: Options, encoder: str) -> Place:
+        """What `--<encoder>_device` and `--<encoder>_dtype` say, in scripts that have them. Errors: UserError."""
+
+        def given(kind: str) -> str | None:
+            name = f"{encoder}_{kind}"
+            return options.value(name) if options.script.option(name) else None
+
+        device, dtype = given("device"), given("dtype")
+        return cls(
+            devices.device_of(device, f"--{encoder}_device") if device else None,
+            devices.dtype_of(dtype, f"--{encoder}_dtype") if dtype else None,
+        )
+
+
+def load_encoders(job: Setting, names: Sequence[str], trained: frozenset[str]) -> dict[str, nn.Module]:
+    """The named text encoders; those that aren't trained in few bits, and where they are to be, if that is wanted."""
     scheme = storage_of(job.options).encoders
     beside = job.options.has(NetworkOptions)  # what is trained isn't the encoder itself
     loaded: dict[str, nn.Module] = {}
     for name in names:
         kind = None if name in trained else scheme
+        place = Place.of(job.options, name)
+        if name in trained and place != Place():
+            logger.warning("%s is trained, so --%s_device and --%s_dtype do nothing", name, name, name)
+            place = Place()
         own = job.precision.trained if name in trained and not beside else job.precision.frozen
         loaded |= job.family.load_encoders(
             [name],
-            job.device,
-            (dtypes or {}).get(name, own),
+            place.device or job.device,
+            place.dtype or own,
             quantized.storing(kind) if kind else None,
             quantized.keeps_float8(kind),
         )

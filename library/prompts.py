@@ -76,6 +76,8 @@ FLUX_IGNORED = frozenset({"sample_sampler", "controlnet_image", "flow_shift", "c
 SD_DEFAULTS = SampleRequest(prompt="", steps=30, guidance=None, cfg=7.5)
 SD_IGNORED = frozenset({"guidance_scale", "controlnet_image", "flow_shift", "cfg_trunc_ratio", "renorm_cfg"})
 """Keys that mean nothing to Stable Diffusion."""
+SD3_IGNORED = SD_IGNORED | {"sample_sampler"}
+"""Keys that mean nothing to SD3, which has one sampler."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ PROMPT_RULES: Mapping[str, PromptRules] = {
     "flux": PromptRules(FLUX_DEFAULTS, FLUX_IGNORED),
     "sd": PromptRules(SD_DEFAULTS, SD_IGNORED),
     "sdxl": PromptRules(SD_DEFAULTS, SD_IGNORED),
+    "sd3": PromptRules(SD_DEFAULTS, SD3_IGNORED),
 }
 
 

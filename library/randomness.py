@@ -50,6 +50,10 @@ class Stream(IntEnum):
     """Coarser levels of noise, see `--multires_noise_iterations`; further levels take the numbers after it."""
     LEVEL_SIZES = 1000
     """Their sizes; further levels take the numbers after it."""
+    TEXT_DROPOUT = 2000
+    """Whether a text encoder is left out; further encoders take the numbers after it."""
+    POSITIONS = 2100
+    """Which positions image tokens get; three numbers are drawn."""
 
 
 class Draws:

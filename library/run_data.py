@@ -46,6 +46,7 @@ def find(options: Options, family: Family) -> sources.Scan:
         use_gone=options[CacheOptions].cache_latents_to_disk,
         validation_seed=(options[LengthOptions].seed or 0) if options.has(LengthOptions) else 0,
     )
+    family.train_at([settings.resolution for settings in scan.config.datasets if settings.resolution])
     if options[TextCacheOptions].cache_text_encoder_outputs:
         scan.findings += _uncacheable(scan, options[TextCacheOptions].text_cache_variants)
     return scan

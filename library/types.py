@@ -46,6 +46,8 @@ class Traits:
     """Pixels per latent cell."""
     latent_scale: float = 1.0
     """What the latents that `Family.encode_images` gives, and that caches hold, are multiplied by for the denoiser."""
+    latent_shift: float = 0.0
+    """What is subtracted from them before."""
     patch: int = 2
     """Latent cells per side of a token of the denoiser; 1 for a U-Net. Sides of sample images are whole tokens."""
     bucket_step: int
@@ -58,6 +60,14 @@ class Traits:
     """End of the name of a text cache file, such as `_flux_te.npz`; None: text outputs can't be cached on disk."""
     base_model_version: str
     """`ss_base_model_version` of the files trained on it."""
+
+    def for_denoiser(self, latents: Tensor) -> Tensor:
+        """Latents as the denoiser wants them, of those that the autoencoder gives and caches hold."""
+        return (latents - self.latent_shift if self.latent_shift else latents) * self.latent_scale
+
+    def from_denoiser(self, latents: Tensor) -> Tensor:
+        """The other way, float32."""
+        return latents.float() / self.latent_scale + self.latent_shift
 
 
 @dataclass(kw_only=True)

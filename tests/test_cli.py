@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "tests" / "golden" / "cli" / "reference"
 HEAVY = ("torch", "transformers", "diffusers", "accelerate", "numpy", "PIL", "cv2", "rich", "toml")
 
-OWN = ("networks/convert_lora.py",)
+OWN = ("networks/convert_lora.py", "sd3_train_network.py")
 """Scripts that the reference doesn't have."""
 
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=[Path(script.name).stem for script in SCRIPTS])

@@ -15,14 +15,17 @@ if TYPE_CHECKING:
 
     from library.objectives import Objective
     from library.options import Options
+    from library.randomness import Draws
 
 
 class Family(Protocol):
     """An architecture: how to load, tokenize, encode, predict and name. Holds paths and tokenizers, never models."""
 
     traits: ClassVar[Traits]
-    encoder_names: ClassVar[tuple[str, ...]]
-    """Text encoders in the order in which network plug-ins expect them."""
+
+    @property
+    def encoder_names(self) -> tuple[str, ...]:
+        """Text encoders that there are, in the order in which network plug-ins expect them."""
 
     @classmethod
     def from_options(cls, options: Options) -> Family:
@@ -83,7 +86,7 @@ class Family(Protocol):
         """What the given encoders say; those that aren't given leave their arrays out."""
 
     def encode_images(self, vae: nn.Module, pixels: Tensor) -> Posterior:
-        """The posterior of the latents (B, C, h, w), without `Traits.latent_scale`, of pixels (B, 3, H, W).
+        """The posterior of the latents (B, C, h, w), before `Traits.for_denoiser`, of pixels (B, 3, H, W).
 
         Pixels are in [-1, 1].
         """
@@ -108,6 +111,12 @@ class Family(Protocol):
         Sizes of the images before anything was done to them, left and top of their crops, and the size they have now:
         of a batch in training; of the wanted image, uncropped, for a sample.
         """
+
+    def train_at(self, resolutions: Sequence[Size]) -> None:
+        """Told which resolutions the datasets have, before anything is predicted in a training."""
+
+    def vary(self, cond: Cond, size: Size, draws: Draws) -> Cond:
+        """What the denoiser is told of a batch of images of a size, with what training changes in it at random."""
 
     def vae_identity(self) -> str:
         """Changes when the autoencoder, or anything else that decides the latents, changes."""

@@ -31,9 +31,11 @@ from library.option_groups import (
     ModelOptions,
     NoiseOptions,
     OptimizerOptions,
+    T5TextOptions,
 )
 from library.options import Options
 from library.places import check_readable
+from library.randomness import Draws
 from library.types import DENOISER, Cond, Finding, Posterior, Saving, Size, Tokens, Traits
 
 logger = get_logger(__name__)
@@ -99,17 +101,17 @@ class Flux:
     @classmethod
     def from_options(cls, options: Options) -> Flux:
         """The family as a training or caching script's options want it."""
-        model, flux = options[ModelOptions], options[FluxOptions]
+        model, text, flux = options[ModelOptions], options[T5TextOptions], options[FluxOptions]
         return cls(
             FluxFiles(
                 transformer=model.pretrained_model_name_or_path,
-                clip_l=flux.clip_l,
-                t5xxl=flux.t5xxl,
+                clip_l=text.clip_l,
+                t5xxl=text.t5xxl,
                 ae=flux.ae,
                 tokenizer_cache_dir=model.tokenizer_cache_dir,
                 mmap=not model.disable_mmap_load_safetensors,
-                t5_length=flux.t5xxl_max_token_length,
-                apply_t5_mask=flux.apply_t5_attn_mask,
+                t5_length=text.t5xxl_max_token_length,
+                apply_t5_mask=text.apply_t5_attn_mask,
             ),
             flow_settings(options),
             flux.guidance_scale,
@@ -221,6 +223,13 @@ class Flux:
     def sampling_shift(self) -> bool:
         """Whether the sampling schedule is shifted by the number of image tokens."""
         return self.embeds_guidance
+
+    def train_at(self, resolutions: Sequence[Size]) -> None:
+        """They are all the same to it."""
+
+    def vary(self, cond: Cond, size: Size, draws: Draws) -> Cond:
+        """Nothing is changed."""
+        return cond
 
     def vae_identity(self) -> str:
         """Changes when the autoencoder changes."""

@@ -24,6 +24,7 @@ from library.models.ledger_unet import UnetActivations
 from library.models.text_chunks import CONTENT, hidden_state
 from library.option_groups import LegacySDOptions
 from library.options import Options
+from library.randomness import Draws
 from library.types import DENOISER, Cond, Finding, Posterior, Saving, Size, Tokens, Traits
 
 
@@ -145,6 +146,13 @@ class Sd:
         """There is none."""
         return False
 
+    def train_at(self, resolutions: Sequence[Size]) -> None:
+        """They are all the same to it."""
+
+    def vary(self, cond: Cond, size: Size, draws: Draws) -> Cond:
+        """Nothing is changed."""
+        return cond
+
     def vae_identity(self) -> str:
         """Changes when the autoencoder changes."""
         return self.files.vae_identity()
@@ -221,7 +229,7 @@ class Sd:
 
     def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1], float32."""
-        return autoencoder.decode(vae, latents.float() / self.traits.latent_scale).float()
+        return autoencoder.decode(vae, self.traits.from_denoiser(latents)).float()
 
     # the denoiser
 

@@ -23,6 +23,7 @@ from library.models.ledger_unet import UnetActivations
 from library.models.text_chunks import CONTENT, hidden_state, penultimate_and_pooled
 from library.option_groups import LegacySDOptions, SdxlInferenceOptions
 from library.options import Options
+from library.randomness import Draws
 from library.types import DENOISER, Cond, Finding, Posterior, Saving, Size, Tokens, Traits
 
 FROM_THE_END = 2
@@ -126,6 +127,13 @@ class Sdxl:
         """There is none."""
         return False
 
+    def train_at(self, resolutions: Sequence[Size]) -> None:
+        """They are all the same to it."""
+
+    def vary(self, cond: Cond, size: Size, draws: Draws) -> Cond:
+        """Nothing is changed."""
+        return cond
+
     def vae_identity(self) -> str:
         """Changes when the autoencoder changes."""
         return self.files.vae_identity()
@@ -207,7 +215,7 @@ class Sdxl:
 
     def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1], float32."""
-        return autoencoder.decode(vae, latents.float() / self.traits.latent_scale).float()
+        return autoencoder.decode(vae, self.traits.from_denoiser(latents)).float()
 
     # the denoiser
 

@@ -14,6 +14,7 @@ from library.log import UserError, get_logger
 from library.methods.base import Method, ParamGroup, broadcast, require_something
 from library.methods.block_rates import blocks_of
 from library.methods.full_rates import FullRates
+from library.methods.last_blocks import of_last_blocks
 from library.methods.rates import Rate
 from library.option_groups import PrecisionOptions
 from library.types import DENOISER
@@ -63,18 +64,23 @@ class Full(Method):
         return set(self.rates.trained_encoders)
 
     def frozen(self) -> dict[str, str]:
-        """Parts that aren't trained, and the blocks of `--block_lr` that are frozen."""
+        """Parts that aren't trained, and the blocks that options freeze."""
         blocks = self.rates.blocks if self.rates.trains_denoiser else ()
         zero = {f"{DENOISER} block {number}": "--block_lr is 0" for number, rate in enumerate(blocks) if not rate}
-        return self.rates.frozen() | zero
+        last = self.rates.last_blocks_frozen if self.rates.trains_denoiser else 0
+        kept = {f"{DENOISER}, last {last} blocks": "--num_last_block_to_freeze"} if last else {}
+        return self.rates.frozen() | zero | kept
 
     def trained_elements(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> int:
-        """All of the trained parts, but for the frozen blocks of `--block_lr`."""
+        """All of the trained parts, but for blocks that options freeze."""
         names = [DENOISER] if self.rates.trains_denoiser else []
         found = {name: dict(shapes[name]) for name in [*names, *self.rates.trained_encoders]}
         if DENOISER in found and self.rates.blocks:
             block = blocks_of(found[DENOISER])
             found[DENOISER] = {name: shape for name, shape in found[DENOISER].items() if self.rates.blocks[block[name]]}
+        if DENOISER in found:
+            kept = of_last_blocks(found[DENOISER], self.rates.last_blocks_frozen)
+            found[DENOISER] = {name: shape for name, shape in found[DENOISER].items() if name not in kept}
         return sum(math.prod(shape) for part in found.values() for shape in part.values())
 
     # attaching
@@ -103,7 +109,10 @@ class Full(Method):
         if DENOISER in self._parts and rates.blocks:
             yield from self._block_groups(self._parts[DENOISER])
         elif DENOISER in self._parts:
-            yield _group(DENOISER, DENOISER, rates.denoiser, self._parts[DENOISER].parameters())
+            named = dict(self._parts[DENOISER].named_parameters())
+            kept = of_last_blocks(named, rates.last_blocks_frozen)
+            params = [parameter for name, parameter in named.items() if name not in kept]
+            yield _group(DENOISER, DENOISER, rates.denoiser, params)
         for number, (name, rate) in enumerate(rates.encoders.items(), start=1):
             if name in self._parts:
                 starts = tuple(unused.get(name, ()))

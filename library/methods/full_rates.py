@@ -10,8 +10,8 @@ from library.log import UserError
 from library.methods.rates import Rate
 from library.option_groups import (
     DreamBoothOptions,
-    EncoderRateOptions,
     OptimizerOptions,
+    Sd3FullOptions,
     SdxlFullOptions,
     TrainEncoderOptions,
 )
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 BLOCK_RATES = 23
 """Numbers of `--block_lr`."""
+ENCODER_RATES = ("learning_rate_te", *(f"learning_rate_te{number}" for number in (1, 2, 3)))
+"""Options with rates of text encoders; each script has those of its encoders, in their order."""
+ON_REQUEST = {"t5xxl": "train_t5xxl"}
+"""Text encoders that are trained only if an option says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,8 @@ class FullRates:
     """Those that aren't, and why."""
     blocks: tuple[float, ...] = ()
     """Of the blocks of SDXL's U-Net, see `library.methods.block_rates`; empty: all have the denoiser's."""
+    last_blocks_frozen: int = 0
+    """So many of the denoiser's last blocks aren't trained."""
     encoder_steps: int | None = None
     """After this many steps the text encoders are frozen; None: never."""
 
@@ -43,14 +49,14 @@ class FullRates:
         """What the options of a script say. Errors: UserError for a `--block_lr` that isn't a list of 23 numbers."""
         fallback = "--learning_rate" if options.given("learning_rate") else "default of --learning_rate"
         default = Rate(float(options[OptimizerOptions].learning_rate or 0), fallback)
-        reason = _why_frozen(options)
+        reasons = {name: reason for name in encoder_names if (reason := _why_frozen(options, name))}
         own = dict(zip(encoder_names, _own_rates(options), strict=False))
-        rates = {} if reason else {name: own.get(name) or default for name in encoder_names}
         return cls(
             denoiser=default,
-            encoders=rates,
-            frozen_encoders=dict.fromkeys(encoder_names, reason) if reason else {},
+            encoders={name: own.get(name) or default for name in encoder_names if name not in reasons},
+            frozen_encoders=reasons,
             blocks=_block_rates(options),
+            last_blocks_frozen=_last_blocks_frozen(options),
             encoder_steps=_encoder_steps(options),
         )
 
@@ -79,23 +85,29 @@ class FullRates:
         return list(dict.fromkeys([*sources, *(["--block_lr"] if any(rate < 0 for rate in self.blocks) else [])]))
 
 
-def _why_frozen(options: Options) -> str:
-    """Why no text encoder is trained; empty: they are."""
+def _why_frozen(options: Options, encoder: str) -> str:
+    """Why a text encoder isn't trained, whatever its rate; empty: it is."""
     if options.has(DreamBoothOptions):
         stop = options[DreamBoothOptions].stop_text_encoder_training
         return "" if stop is None or stop > 0 else f"--stop_text_encoder_training is {stop}"
     if options.has(TrainEncoderOptions):
-        return "" if options[TrainEncoderOptions].train_text_encoder else "without --train_text_encoder"
+        flags = ["train_text_encoder", *([ON_REQUEST[encoder]] if encoder in ON_REQUEST else [])]
+        return next((f"without --{flag}" for flag in flags if not options.value(flag)), "")
     return "this script trains the denoiser only"
 
 
 def _own_rates(options: Options) -> Iterator[Rate | None]:
     """Rates of the encoders in their order; None where none is given."""
-    names: tuple[str, ...] = ("learning_rate_te",) if options.has(EncoderRateOptions) else ()
-    names = ("learning_rate_te1", "learning_rate_te2") if options.has(SdxlFullOptions) else names
-    for name in names:
+    for name in ENCODER_RATES:
+        if options.script.option(name) is None:
+            continue
         value = options.value(name)
         yield None if value is None else Rate(value, f"--{name}")
+
+
+def _last_blocks_frozen(options: Options) -> int:
+    given = options[Sd3FullOptions].num_last_block_to_freeze if options.has(Sd3FullOptions) else None
+    return given or 0
 
 
 def _encoder_steps(options: Options) -> int | None:

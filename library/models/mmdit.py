@@ -152,8 +152,8 @@ class JointBlock(nn.Module):
 
     def __init__(self, config: MMDiTConfig, index: int) -> None:
         super().__init__()
-        self.context_block = StreamBlock(config, is_last=index == config.depth - 1)
-        self.x_block = StreamBlock(config, is_dual=index in config.dual_blocks)
+        self.context_block = SingleDiTBlock(config, is_last=index == config.depth - 1)
+        self.x_block = SingleDiTBlock(config, is_dual=index in config.dual_blocks)
 
     def forward(self, context: Tensor, x: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
         """The next context (B, L, D), after the last block that before it, and x (B, N, D)."""
@@ -181,7 +181,7 @@ class JointBlock(nn.Module):
         return context, x
 
 
-class StreamBlock(nn.Module):
+class SingleDiTBlock(nn.Module):
     """The weights of one stream in a block."""
 
     def __init__(self, config: MMDiTConfig, *, is_last: bool = False, is_dual: bool = False) -> None:

@@ -44,10 +44,11 @@ def side_of(table: Tensor) -> int:
     return math.isqrt(table.shape[1])
 
 
-def random_origin(side: int, rows: int, columns: int, generator: torch.Generator | None = None) -> tuple[int, int]:
-    """Row and column where a part of a table begins; each place where it fits is as likely."""
-    top, left = (int(torch.randint(side - extent + 1, (), generator=generator)) for extent in (rows, columns))
-    return top, left
+def crops(table: Tensor, rows: int, columns: int, origins: Tensor) -> Tensor:
+    """(B, H * W, D): parts of a table, for origins (B, 2) on its device: row and column."""
+    across, down = torch.arange(columns, device=table.device), torch.arange(rows, device=table.device)
+    places = (origins[:, 0, None] + down)[:, :, None] * side_of(table) + (origins[:, 1, None] + across)[:, None]
+    return table[0][places.flatten(1)]
 
 
 def sincos_table(

@@ -1,6 +1,8 @@
 """What SD3's text encoders say, put together: one sequence of CLIP-L beside CLIP-G, then T5, and a pooled vector.
 
-B texts, L tokens of T5. Names of arrays are those of the text cache.
+B texts, L tokens of T5. Names of arrays are those of the text cache, `lg_out` (B, 77, 2048) and `lg_pooled` (B, 2048)
+for both CLIP encoders together. Where one of them speaks alone, `l_out` (B, 77, 768) and `l_pooled`, or `g_out` and
+`g_pooled`, hold its part.
 """
 
 from __future__ import annotations
@@ -15,12 +17,28 @@ from library.types import Cond
 
 CLIP_TOKENS = 77
 """Of both CLIP encoders; of T5, too, where it is missing."""
+CLIP = {"clip_l": "l", "clip_g": "g"}
+"""Encoders, and what the names of their own arrays begin with."""
+MASKS = {"clip_l": "clip_l_attn_mask", "clip_g": "clip_g_attn_mask", "t5xxl": "t5_attn_mask"}
+"""Arrays with the masks of the encoders' tokens."""
 
 
-def joint_clip(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Cond:
-    """`lg_out` (B, 77, 2048) and `lg_pooled` (B, 2048) of what CLIP-L and CLIP-G say, each hidden states and pooled."""
-    (l_hidden, l_pooled), (g_hidden, g_pooled) = first, second
-    return {"lg_out": torch.cat((l_hidden, g_hidden), dim=-1), "lg_pooled": torch.cat((l_pooled, g_pooled), dim=-1)}
+def joint_clip(cond: Cond, l_width: int) -> Cond:
+    """The arrays with what the CLIP encoders say in `lg_out` and `lg_pooled` only.
+
+    What an encoder said alone replaces its part of them. `l_width`: features of CLIP-L, which come first.
+    """
+    found = dict(cond)
+    for kind in ("out", "pooled"):
+        alone = {letter: found.pop(f"{letter}_{kind}", None) for letter in CLIP.values()}
+        both = found.get(f"lg_{kind}")
+        if both is None or any(part is not None for part in alone.values()):
+            l_part = both[..., :l_width] if alone["l"] is None and both is not None else alone["l"]
+            g_part = both[..., l_width:] if alone["g"] is None and both is not None else alone["g"]
+            assert l_part is not None
+            assert g_part is not None
+            found[f"lg_{kind}"] = torch.cat((l_part, g_part), dim=-1)
+    return found
 
 
 def context(lg_out: Tensor, t5_out: Tensor | None, width: int) -> Tensor:
@@ -34,33 +52,29 @@ def context(lg_out: Tensor, t5_out: Tensor | None, width: int) -> Tensor:
     return torch.cat((clip, t5_out.to(clip.dtype)), dim=1)
 
 
-def draw_dropped(rates: Mapping[str, float], batch: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """Which of the texts lose what an encoder says: for each encoder with a rate, (B,) boolean, on the CPU."""
-    return {name: torch.rand(batch, generator=generator) < rate for name, rate in rates.items() if rate > 0}
-
-
 def without_dropped(cond: Cond, dropped: Mapping[str, Tensor], l_width: int) -> Cond:
     """The arrays with zeros, masks included, where an encoder is dropped.
 
     Args:
-        dropped: see `draw_dropped`; keys are `clip_l`, `clip_g` and `t5xxl`.
+        cond: of `joint_clip`.
+        dropped: for each encoder, `clip_l`, `clip_g` or `t5xxl`, which texts lose what it says: (B,) boolean, on the
+            device of the arrays.
         l_width: features of CLIP-L, which come first in `lg_out` and `lg_pooled`.
     """
-    arrays = {name: slice(None, l_width) if name == "clip_l" else slice(l_width, None) for name in ("clip_l", "clip_g")}
     found = dict(cond)
     for name, lost in dropped.items():
-        if name in arrays:
-            for array in ("lg_out", "lg_pooled"):
-                if array in found:
-                    found[array] = found[array].clone()
-                    found[array][lost.to(found[array].device), ..., arrays[name]] = 0
-        elif "t5_out" in found:
-            found["t5_out"] = _zeroed(found["t5_out"], lost)
-        mask = f"{name.removesuffix('xxl')}_attn_mask"
-        if mask in found:
-            found[mask] = _zeroed(found[mask], lost)
+        for array in ("lg_out", "lg_pooled") if name in CLIP else ("t5_out",):
+            if array not in found:
+                continue
+            features = torch.arange(found[array].shape[-1], device=lost.device)
+            ends = {"clip_l": features < l_width, "clip_g": features >= l_width}
+            found[array] = _zeroed(found[array], lost, ends.get(name))
+        if MASKS[name] in found:
+            found[MASKS[name]] = _zeroed(found[MASKS[name]], lost)
     return found
 
 
-def _zeroed(array: Tensor, lost: Tensor) -> Tensor:
-    return array.masked_fill(lost.to(array.device).view(-1, *[1] * (array.dim() - 1)), 0)
+def _zeroed(array: Tensor, lost: Tensor, features: Tensor | None = None) -> Tensor:
+    """Zeros in the rows that are lost: in all of them, or in some features."""
+    where = lost.view(-1, *[1] * (array.dim() - 1))
+    return array.masked_fill(where if features is None else where & features, 0)

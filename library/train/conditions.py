@@ -61,9 +61,8 @@ class Conditions:
         An overflow in half precision is noticed with the next batch, so that nobody waits for the device; a step
         that is not finite moves nothing by its gradient.
         """
-        scale = self.family.traits.latent_scale
         if batch.latents is not None:
-            return batch.latents * scale
+            return self.family.traits.for_denoiser(batch.latents)
         vae = self.models.vae
         assert batch.pixels is not None
         assert vae is not None
@@ -72,7 +71,7 @@ class Conditions:
         with torch.no_grad():
             latents = sampled(_encoded(self.family, vae, batch.pixels), batch.image_seeds)
             self._finite = Later(torch.isfinite(latents).all().float()[None]) if _may_overflow(vae) else None
-        return latents * scale
+        return self.family.traits.for_denoiser(latents)
 
     def _live(self, tokens: dict[str, Tensor] | None) -> Cond:
         assert tokens is not None

@@ -52,6 +52,8 @@ def _either(*tests: Test) -> Test:
 
 
 def _scheme_counts(options: Options) -> bool:
+    if options.script.option("timestep_sampling") is None:  # of SD3: always
+        return True
     scheme = options.value("weighting_scheme")
     if scheme in ("logit_normal", "mode"):
         return bool(options.value("timestep_sampling") == "sigma")
@@ -164,7 +166,8 @@ RULES = (
     ),
     Rule(("dynamo_backend",), _set("torch_compile"), "--torch_compile"),
     Rule(("xformers", "diffusers_xformers"), _is("attn_mode", None), "commands without --attn_mode"),
-    Rule(("learning_rate_te1", "learning_rate_te2"), _set("train_text_encoder"), "--train_text_encoder"),
+    Rule(("learning_rate_te1", "learning_rate_te2", "train_t5xxl"), _set("train_text_encoder"), "--train_text_encoder"),
+    Rule(("learning_rate_te3",), _set("train_t5xxl"), "--train_text_encoder with --train_t5xxl"),
     Rule(("learning_rate_te",), _trains_encoder, "a text encoder that is trained"),
     Rule(("use_safetensors",), _is("save_model_as", None), "commands without --save_model_as"),
     Rule(("sdpa",), _is("attn_mode", None), "commands without --attn_mode"),

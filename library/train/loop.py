@@ -83,8 +83,9 @@ def batch_loss(run: Run, batch: Batch) -> BatchLoss:
     """The loss of a micro-batch, of the weights of now."""
     run.method.before_batch(batch)
     with run.accelerator.autocast():
-        cond = run.cond(batch)
-        noised = run.objective.noise(run.latents(batch), Draws(batch.draws, run.accelerator.device))
+        draws = Draws(batch.draws, run.accelerator.device)
+        cond = run.family.vary(run.cond(batch), batch.size, draws)
+        noised = run.objective.noise(run.latents(batch), draws)
     losses, weights = sample_losses(run, batch, noised, cond), batch.loss_weights
     return BatchLoss(share=(losses * weights).sum(), bands=bands.sums(losses, noised.timesteps, weights))
 

@@ -38,7 +38,7 @@ _MODELS: dict[type[Any], tuple[str, ...]] = {
     ModelOptions: ("pretrained_model_name_or_path",),
     FluxOptions: ("clip_l", "t5xxl", "ae"),
 }
-"""Options that must be given."""
+"""Options that must be given where the script has the group."""
 _KEEPING = ("save_last_n_epochs", "save_last_n_steps", "save_last_n_epochs_state", "save_last_n_steps_state")
 
 
@@ -79,8 +79,8 @@ def _changes(options: Options) -> Iterator[tuple[str, object, str]]:
 def check_paths(options: Options, parse_prompts: Callable[[Path], Sequence[Any]] | None = None) -> list[Finding]:
     """What is wrong with the files and folders named in the options; `parse_prompts` reads the sample prompts."""
     findings: list[Finding] = []
-    for name, path in _named(options, _MODELS):
-        if not path:
+    for name in (name for group, names in _MODELS.items() if options.has(group) for name in names):
+        if not options.value(name):
             findings.append(make.error("a model file is missing", f"--{name}", f"give --{name} FILE", "E-MODEL-NONE"))
     for name, path in _named(options, _READ):
         if path:

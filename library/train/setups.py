@@ -17,7 +17,6 @@ from library.option_groups import (
     OffloadOptions,
     OptimizerOptions,
     PrecisionOptions,
-    SdxlFullOptions,
     TextCacheOptions,
     VaePrecisionOptions,
 )
@@ -203,10 +202,8 @@ BLOCKS, NUMBER = "blockwise_fused_optimizers", "fused_optimizer_groups"
 
 def cut_of(options: Options) -> str | None:
     """Which of `BLOCKS` and `NUMBER` is wanted; None: neither."""
-    flux, sdxl = _group(options, FluxFullOptions), _group(options, SdxlFullOptions)
-    if flux is not None and flux.blockwise_fused_optimizers:
-        return BLOCKS
-    return NUMBER if sdxl is not None and sdxl.fused_optimizer_groups else None
+    offered = (name for name in (BLOCKS, NUMBER) if options.script.option(name) and name not in options.script.ignored)
+    return next((name for name in offered if options.value(name)), None)
 
 
 def swap_of(options: Options, units: int) -> int:

@@ -16,7 +16,7 @@ from library.models.detect import check, detect
 from library.models.keymaps_sd3 import ENCODERS
 from library.models.loading_sd3 import Sd3Files, load_encoder, load_mmdit, load_vae, single_file
 from library.models.locations import open_tensors
-from library.models.sd3_text import context, draw_dropped, joint_clip, without_dropped
+from library.models.sd3_text import context, joint_clip, without_dropped
 from library.models.t5 import t5_hidden
 from library.models.text_chunks import penultimate_and_pooled
 from library.types import DENOISER
@@ -209,7 +209,8 @@ def said(batch: int = 4) -> dict[str, Tensor]:
     def numbers(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, generator=generator)
 
-    cond = joint_clip((numbers(77, 3), numbers(3)), (numbers(77, 5), numbers(5)))
+    said = {"l_out": numbers(77, 3), "l_pooled": numbers(3), "g_out": numbers(77, 5), "g_pooled": numbers(5)}
+    cond = joint_clip(said, 3)
     masks = {name: torch.ones(batch, 77, dtype=torch.int64) for name in ("clip_l_attn_mask", "clip_g_attn_mask")}
     return cond | masks | {"t5_out": numbers(6, 12), "t5_attn_mask": torch.ones(batch, 6, dtype=torch.int64)}
 
@@ -245,12 +246,15 @@ def test_dropped_encoders_leave_zeros() -> None:
     assert cond["lg_out"][0, :, :3].all()
 
 
-def test_rates_of_dropping() -> None:
-    generator = torch.Generator().manual_seed(1)
-    found = draw_dropped({"clip_l": 0.0, "clip_g": 0.25, "t5xxl": 1.0}, 2000, generator)
-    assert set(found) == {"clip_g", "t5xxl"}
-    assert found["t5xxl"].all()
-    assert abs(found["clip_g"].float().mean() - 0.25) < 0.03
+def test_what_an_encoder_says_alone_replaces_its_part() -> None:
+    cond = said()
+    alone = {"g_out": cond["lg_out"][..., 3:] + 1, "g_pooled": cond["lg_pooled"][..., 3:] + 1}
+    found = joint_clip(cond | alone, 3)
+    assert set(found) == set(cond)
+    for name in ("lg_out", "lg_pooled"):
+        assert torch.equal(found[name][..., :3], cond[name][..., :3])
+        assert torch.equal(found[name][..., 3:], cond[name][..., 3:] + 1)
+    assert joint_clip(cond, 3)["lg_out"] is cond["lg_out"]
 
 
 def test_pooled_of_clip_l_is_not_projected_and_padding_can_be_hidden() -> None:
@@ -286,8 +290,9 @@ def test_the_pipeline_of_diffusers_says_the_same(tmp_path: Path) -> None:
     models = {name: load_encoder(files, name).eval() for name in ENCODERS}
     eos = pipeline.tokenizer.eos_token_id
     with torch.no_grad():
-        first, second = (penultimate_and_pooled(models[name], ids[name], eos) for name in ENCODERS[:2])
-        cond = joint_clip(first, second)
+        spoken = [penultimate_and_pooled(models[name], ids[name], eos) for name in ENCODERS[:2]]
+        names = ("l_out", "l_pooled", "g_out", "g_pooled")
+        cond = joint_clip(dict(zip(names, [*spoken[0], *spoken[1]], strict=True)), tiny_sd3.L_WIDTH)
         found = context(cond["lg_out"], t5_hidden(models["t5xxl"], ids["t5xxl"]), tiny_sd3.CONTEXT_WIDTH)
         expected, _, pooled, _ = pipeline.encode_prompt(
             text, text, text, do_classifier_free_guidance=False, max_sequence_length=20

@@ -14,7 +14,7 @@ from library.models import keymaps_sd3
 from library.models.keymaps import Mapped, chained, mapped_shapes
 from library.models.memory import checkpoint_blocks
 from library.models.mmdit import MMDiT, MMDiTConfig
-from library.models.positions import choose_size, crop, random_origin, scaled_size, scaled_table, sincos_table
+from library.models.positions import choose_size, crop, crops, scaled_size, scaled_table, sincos_table
 from library.models.streaming import stream
 from tests import tiny_sd3
 from tests.tiny_sd3 import VARIANTS, Variant
@@ -168,10 +168,13 @@ def test_crop_golden() -> None:
         crop(table, 10, 193)
 
 
-def test_a_random_part_may_be_anywhere() -> None:
-    generator = torch.Generator().manual_seed(1)
-    places = {random_origin(6, 4, 5, generator) for _ in range(200)}
-    assert places == {(top, left) for top in range(3) for left in range(2)}
+def test_each_image_of_a_batch_has_a_part_of_its_own() -> None:
+    table = sincos_table(8, 6)
+    places = [(top, left) for top in range(3) for left in range(2)]
+    found = crops(table, 4, 5, torch.tensor(places))
+    assert found.shape == (6, 20, 8)
+    for part, place in zip(found, places, strict=True):
+        assert torch.equal(part, crop(table, 4, 5, place)[0])
 
 
 def test_positions_can_be_given() -> None:

@@ -1,0 +1,458 @@
+"""Stable Diffusion 3 and 3.5, in any size."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from library.families.clip_text import ClipTokenizing
+from library.families.sd3_files import Sd3Model
+from library.families.sd_text import OPEN_CLIP_PAD
+from library.families.tokenizers import CLIP_L as CLIP_L_TOKENIZER
+from library.families.tokenizers import OPEN_CLIP_G, T5_XXL, load_tokenizer
+from library.findings import of_error, warning
+from library.log import UserError
+from library.models import autoencoder, loading, positions, t5
+from library.models.keymaps import PROJECTION
+from library.models.keymaps_sd3 import CLIP_G, CLIP_L, T5
+from library.models.ledger_mmdit import MMDiTActivations
+from library.models.loading_sd3 import VAE
+from library.models.mmdit import MMDiT, MMDiTConfig
+from library.models.sd3_text import CLIP, CLIP_TOKENS, MASKS, context, joint_clip, without_dropped
+from library.models.text_chunks import penultimate_and_pooled
+from library.objectives import Flow, FlowSettings
+from library.option_groups import (
+    LossOptions,
+    NoiseOptions,
+    OptimizerOptions,
+    Sd3DensityOptions,
+    Sd3Options,
+    Sd3TextOptions,
+    T5TextOptions,
+)
+from library.options import Options
+from library.randomness import Draws, Stream
+from library.types import DENOISER, Cond, Finding, Posterior, Saving, Size, Tokens, Traits
+
+T5_LENGTH = 256
+"""Default number of T5 tokens."""
+SAMPLING_SHIFT = 3.0
+FILE_BYTES = 4096
+"""What a cache file has besides its numbers, about."""
+TOKENIZERS = {CLIP_L: CLIP_L_TOKENIZER, CLIP_G: OPEN_CLIP_G, T5: T5_XXL}
+FLAGS = {"apply_lg_attn_mask": (CLIP_L, CLIP_G), "apply_t5_attn_mask": (T5,)}
+"""Arrays of the cache that say whether the masks of encoders were used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sd3Settings:
+    """What the options say of text and positions."""
+
+    t5_length: int = T5_LENGTH
+    apply_lg_mask: bool = False
+    """Whether padding is hidden from the CLIP encoders."""
+    apply_t5_mask: bool = False
+    dropout: Mapping[str, float] = field(default_factory=dict)
+    """How often training does without an encoder, by name."""
+    random_crop_rate: float = 0.0
+    """How often training takes positions from a random place of the table."""
+    scaled_positions: bool = False
+    """Whether positions span the same range at every resolution."""
+
+    @classmethod
+    def from_options(cls, options: Options) -> Sd3Settings:
+        """As a training or caching script's options say."""
+        text = options[T5TextOptions]
+        own = options[Sd3Options] if options.has(Sd3Options) else Sd3Options()
+        return cls(
+            t5_length=text.t5xxl_max_token_length or T5_LENGTH,
+            apply_lg_mask=options[Sd3TextOptions].apply_lg_attn_mask,
+            apply_t5_mask=text.apply_t5_attn_mask,
+            dropout={CLIP_L: own.clip_l_dropout_rate, CLIP_G: own.clip_g_dropout_rate, T5: own.t5_dropout_rate},
+            random_crop_rate=own.pos_emb_random_crop_rate,
+            scaled_positions=own.enable_scaled_pos_embed,
+        )
+
+    def masked(self, encoder: str) -> bool:
+        """Whether padding is hidden from an encoder."""
+        return self.apply_t5_mask if encoder == T5 else self.apply_lg_mask
+
+
+@dataclass
+class Sd3:
+    """See `library.families.base.Family`."""
+
+    model: Sd3Model
+    tokenizer_cache_dir: str | None = None
+    settings: Sd3Settings = field(default_factory=Sd3Settings)
+    flow: FlowSettings = field(default_factory=lambda: flow_settings(None))
+    trains: bool = False
+
+    traits: ClassVar[Traits] = Traits(
+        name="sd3",
+        latent_channels=16,
+        latent_stride=8,
+        latent_scale=1.5305,
+        latent_shift=0.0609,
+        bucket_step=8,
+        latents_suffix="_sd3.npz",
+        latents_keys_carry_size=True,
+        text_suffix="_sd3_te.npz",
+        base_model_version="medium",
+    )
+
+    @classmethod
+    def from_options(cls, options: Options) -> Sd3:
+        """The family as a training or caching script's options want it."""
+        trains = options.has(OptimizerOptions)
+        return cls(
+            Sd3Model.from_options(options),
+            options.value("tokenizer_cache_dir"),
+            Sd3Settings.from_options(options),
+            flow_settings(options if trains else None),
+            trains,
+        )
+
+    # what the files are
+
+    @property
+    def encoder_names(self) -> tuple[str, ...]:
+        """CLIP-L, CLIP-G, and T5 where there is one."""
+        return self.model.encoder_names
+
+    def findings(self) -> list[Finding]:
+        """What is wrong with the model files named in the options, read from their headers only, and with settings."""
+        found = self.model.findings()
+        if found or not self.model.path:
+            return found
+        if T5 not in self.encoder_names:
+            hint = "give --t5xxl FILE; without it long and precise prompts work less well"
+            found.append(warning("there is no T5: its part of the text is left empty", "--t5xxl", hint))
+        if self.settings.scaled_positions and not self.config.dual_blocks:
+            found.append(warning("it was made for SD3.5-medium, and this is another", "--enable_scaled_pos_embed"))
+        if self.trains:
+            try:
+                self.objective()
+            except UserError as mistake:
+                found.append(of_error(mistake, ""))
+        return found
+
+    @cached_property
+    def config(self) -> MMDiTConfig:
+        """Sizes of the transformer."""
+        return MMDiTConfig.from_shapes(self.part_shapes()[DENOISER])
+
+    @cached_property
+    def clip_l_width(self) -> int:
+        """Features of CLIP-L."""
+        return self.part_shapes()[CLIP_L][_EMBEDDING][1]
+
+    def part_shapes(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        """Shapes of the tensors of the transformer and the text encoders, from the headers only."""
+        return self.model.shapes
+
+    def activations(self) -> MMDiTActivations:
+        """What the transformer needs in memory beside its weights."""
+        return MMDiTActivations(self.config)
+
+    def text_output_bytes(self) -> int:
+        """Room on the disk that the text outputs of one caption need, at most."""
+        shapes = self.part_shapes()
+        clip = 4 * (CLIP_TOKENS + 1) * (self.clip_l_width + shapes[CLIP_G][PROJECTION][0]) + 2 * 8 * CLIP_TOKENS
+        t5_row = 4 * self.config.context_width + 8
+        return clip + self.settings.t5_length * t5_row * (T5 in self.encoder_names) + FILE_BYTES
+
+    def architecture(self) -> str:
+        """`modelspec.architecture` of the base model."""
+        return f"stable-diffusion-3-{self.config.variant}"
+
+    def modelspec(self) -> dict[str, Any]:
+        """Nothing more."""
+        return {}
+
+    def metadata(self) -> dict[str, object]:
+        """SD3's own `ss_*` values, names without the prefix."""
+        flow, settings = self.flow, self.settings
+        return {
+            "base_model_version": self.config.variant,
+            "apply_lg_attn_mask": settings.apply_lg_mask,
+            "apply_t5_attn_mask": settings.apply_t5_mask,
+            "weighting_scheme": flow.weighting_scheme,
+            "logit_mean": flow.logit_mean,
+            "logit_std": flow.logit_std,
+            "mode_scale": flow.mode_scale,
+            "training_shift": flow.discrete_flow_shift,
+        }
+
+    def sampling_shift(self) -> bool:
+        """It is always the same one."""
+        return False
+
+    def train_at(self, resolutions: Sequence[Size]) -> None:
+        """Tables of positions are scaled for these."""
+        self._sizes = sorted({positions.scaled_size(*size) for size in resolutions})
+
+    def vae_identity(self) -> str:
+        """Changes when the autoencoder changes."""
+        return self.model.identity(VAE)
+
+    def text_identity(self) -> str:
+        """Changes when a text encoder, a tokenizer or an option that decides the text outputs changes."""
+        settings = self.settings
+        parts = [
+            *(self.model.identity(name) for name in self.encoder_names),
+            *map(str, (settings.t5_length, settings.apply_lg_mask, settings.apply_t5_mask)),
+            *(repr(sorted(tokenizer.get_vocab().items())) for tokenizer in self._tokenizers.values()),
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    # text
+
+    def load_tokenizers(self) -> None:
+        """Loads the tokenizers. Errors: ResourceError when their files are nowhere."""
+        _ = self._tokenizers
+
+    @cached_property
+    def _tokenizers(self) -> dict[str, Any]:
+        beside = (self.model.path, *self.model.separate.values())
+        return {
+            name: load_tokenizer(TOKENIZERS[name], self.tokenizer_cache_dir, beside, self._folder(number))
+            for number, name in enumerate(self.encoder_names)
+        }
+
+    def _folder(self, number: int) -> Path | None:
+        """Where a model in the Diffusers layout has the tokenizer of that number, from 0."""
+        return Path(self.model.path) / f"tokenizer_{number + 1}".removesuffix("_1") if self.model.path else None
+
+    @cached_property
+    def _clip(self) -> dict[str, ClipTokenizing]:
+        fillers = {CLIP_L: None, CLIP_G: OPEN_CLIP_PAD}
+        return {name: ClipTokenizing(self._tokenizers[name], filler=filler) for name, filler in fillers.items()}
+
+    def token_limits(self) -> dict[str, int]:
+        """Longest token sequence by encoder name."""
+        return {name: self.settings.t5_length if name == T5 else CLIP_TOKENS for name in self.encoder_names}
+
+    def count_tokens(self, captions: Sequence[str]) -> dict[str, list[int]]:
+        """Number of tokens of each caption, marks included and nothing cut, by encoder name."""
+        return {
+            name: [len(ids) for ids in tokenizer(list(captions), verbose=False)["input_ids"]]
+            for name, tokenizer in self._tokenizers.items()
+        }
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """`clip_l`, `clip_g` (B, 77) and `t5xxl` (B, L) ids, and their masks under the names of the cache."""
+        tokens: Tokens = {}
+        for name, tokenizing in self._clip.items():
+            ids, _ = tokenizing.tokens(captions)
+            tokens |= {name: ids, MASKS[name]: _up_to_end(ids, tokenizing.eos)}
+        if T5 in self.encoder_names:
+            found = self._tokenizers[T5](
+                list(captions),
+                padding="max_length",
+                truncation=True,
+                max_length=self.settings.t5_length,
+                return_tensors="pt",
+            )
+            tokens |= {T5: found["input_ids"], MASKS[T5]: found["attention_mask"]}
+        return tokens
+
+    def encode_text(self, encoders: Mapping[str, nn.Module], tokens: Tokens) -> Cond:
+        """What the encoders say, their masks, and whether these were used; names: `library.models.sd3_text`."""
+        cond: Cond = {}
+        for name, encoder in encoders.items():
+            ids, mask = tokens[name], tokens[MASKS[name]]
+            place = next(encoder.parameters()).device
+            shown = mask.to(place) if self.settings.masked(name) else None
+            if name == T5:
+                cond["t5_out"] = t5.t5_hidden(encoder, ids.to(place), shown).to(ids.device)
+            else:
+                eos = self._clip[name].eos
+                hidden, pooled = penultimate_and_pooled(encoder, ids.to(place), eos, shown)
+                letter = CLIP[name]
+                cond |= {f"{letter}_out": hidden.to(ids.device), f"{letter}_pooled": pooled.to(ids.device)}
+            cond[MASKS[name]] = mask
+        for flag, names in FLAGS.items():
+            if all(name in encoders for name in names):
+                mask = tokens[MASKS[names[0]]]
+                cond[flag] = torch.full((len(mask),), self.settings.masked(names[0]), device=mask.device)
+        return joint_clip(cond, self.clip_l_width) if encoders.keys() >= CLIP.keys() else cond
+
+    def load_encoders(
+        self,
+        names: Sequence[str],
+        device: torch.device,
+        dtype: torch.dtype,
+        finished: loading.Finished | None = None,
+        keep_float8: bool = False,
+    ) -> dict[str, nn.Module]:
+        """The named text encoders, frozen, in evaluation mode."""
+        return self.model.load_encoders(names, device, dtype, finished, keep_float8)
+
+    def unused_parameters(self) -> Mapping[str, Sequence[str]]:
+        """None: of the last layers of CLIP there is the pooled output."""
+        return {}
+
+    # images
+
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The image autoencoder, frozen, in evaluation mode."""
+        return self.model.load_vae(device, dtype)
+
+    def encode_images(self, vae: nn.Module, pixels: Tensor) -> Posterior:
+        """The posterior of the latents (B, 16, h, w), neither shifted nor scaled."""
+        return autoencoder.encode(vae, pixels)
+
+    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1], float32."""
+        return autoencoder.decode(vae, self.traits.from_denoiser(latents)).float()
+
+    # the denoiser
+
+    def size_cond(self, original_sizes: Sequence[Size], crops: Sequence[tuple[int, int]], size: Size) -> Cond:
+        """Nothing: the transformer isn't told."""
+        return {}
+
+    def load_denoiser(
+        self,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        finished: loading.Finished | None = None,
+        keep_float8: bool = False,
+    ) -> nn.Module:
+        """The transformer, in evaluation mode."""
+        return self.model.load_denoiser(device, dtype, finished, keep_float8)
+
+    def model_elements(self) -> int:
+        """See `Family.model_elements`."""
+        return self.model.model_elements()
+
+    def model_extension(self, kind: str | None) -> str:
+        """Always that of safetensors files."""
+        return ".safetensors"
+
+    def save_model(self, path: Path, parts: Mapping[str, nn.Module], saving: Saving) -> None:
+        """Writes one file with transformer, autoencoder, and the text encoders that are trained or wanted."""
+        self.model.save(path, parts, saving)
+
+    def objective(self) -> Flow:
+        """Rectified flow."""
+        return Flow(self.flow)
+
+    def vary(self, cond: Cond, size: Size, draws: Draws) -> Cond:
+        """Zeros for what encoders say that are dropped; `origin` (B, 2), where positions are taken from the table."""
+        dropped = {
+            name: _chances(draws, Stream.TEXT_DROPOUT + number, rate)
+            for number, (name, rate) in enumerate(self.settings.dropout.items())
+            if rate
+        }
+        if dropped:
+            cond = without_dropped(joint_clip(cond, self.clip_l_width), dropped, self.clip_l_width)
+        if self.settings.random_crop_rate:
+            cond = {**cond, "origin": self._origins(size, draws)}
+        return cond
+
+    def _origins(self, size: Size, draws: Draws) -> Tensor:
+        """(B, 2): row and column of the table at which the positions of an image of that size begin."""
+        patch = self.traits.latent_stride * self.config.patch
+        extent = torch.tensor([-(-size.height // patch), -(-size.width // patch)])
+        room = self._table_side(*extent.tolist()) - extent
+        numbers = [draws.uniform_scalars(Stream.POSITIONS + number) for number in range(3)]
+        at_random = (torch.stack(numbers[1:], dim=1) * (room + 1)).long()
+        moved = (numbers[0] < self.settings.random_crop_rate)[:, None]
+        return _sent(torch.where(moved, at_random, room // 2), draws)
+
+    def _table_side(self, rows: int, columns: int) -> int:
+        if not self.settings.scaled_positions:
+            return self.config.table_side
+        return int(positions.REACH * positions.choose_size(self._sizes, rows, columns))
+
+    def _positions(self, model: MMDiT, rows: int, columns: int, origin: Tensor | None) -> Tensor:
+        """(1 or B, N, D) of an image of so many tokens."""
+        table = model.pos_embed
+        if self.settings.scaled_positions:
+            size = positions.choose_size(self._sizes, rows, columns)
+            key = (size, table.device)
+            if key not in self._tables:
+                self._tables[key] = positions.scaled_table(table.shape[-1], size, table.device)
+            table = self._tables[key]
+        if origin is None:
+            return positions.crop(table, rows, columns)
+        return positions.crops(table, rows, columns, origin)
+
+    _sizes: Sequence[int] = field(default=(), init=False, repr=False)
+    """Of `positions.scaled_table`, for the resolutions that are trained at."""
+    _tables: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def predict(
+        self, denoiser: nn.Module, x: Tensor, timesteps: Tensor, cond: Cond, guidance: Tensor | None = None
+    ) -> Tensor:
+        """The velocity (B, 16, h, w) for noisy latents x at timesteps (B,) in [0, 1000]."""
+        model = denoiser
+        assert isinstance(model, MMDiT)
+        stored = model.context_embedder.weight.dtype  # not of a block, so that it stays in the type to compute in
+        dtype = stored if stored.itemsize > 1 else x.dtype  # of a file in eight bits autocast says what to compute in
+        cond = joint_clip(cond, self.clip_l_width)
+        rows, columns = (-(-side // model.config.patch) for side in x.shape[-2:])
+        velocity: Tensor = model(
+            x.to(dtype),
+            timesteps,
+            context(cond["lg_out"].to(dtype), cond.get("t5_out"), model.config.context_width),
+            cond["lg_pooled"].to(dtype),
+            self._positions(model, rows, columns, cond.get("origin")),
+        )
+        return velocity
+
+
+_EMBEDDING = "text_model.embeddings.token_embedding.weight"
+
+
+def flow_settings(options: Options | None) -> FlowSettings:
+    """The objective's settings from the option groups; None: where nothing is trained."""
+    if options is None:
+        return FlowSettings(sampling_shift=SAMPLING_SHIFT)
+    density, loss, noise = options[Sd3DensityOptions], options[LossOptions], options[NoiseOptions]
+    return FlowSettings(
+        timestep_sampling="density",
+        discrete_flow_shift=options[Sd3Options].training_shift,
+        weighting_scheme=density.weighting_scheme,
+        logit_mean=density.logit_mean,
+        logit_std=density.logit_std,
+        mode_scale=density.mode_scale,
+        model_prediction_type="sigma_scaled",
+        loss_type=loss.loss_type,
+        huber_schedule=loss.huber_schedule,
+        huber_c=loss.huber_c,
+        huber_scale=loss.huber_scale,
+        whole_timesteps=True,
+        sampling_shift=SAMPLING_SHIFT,
+        min_timestep=noise.min_timestep,
+        max_timestep=noise.max_timestep,
+        ip_noise_gamma=noise.ip_noise_gamma,
+        ip_noise_gamma_random_strength=noise.ip_noise_gamma_random_strength,
+        masked_loss_normalize=loss.masked_loss_normalize,
+    )
+
+
+def _up_to_end(ids: Tensor, eos: int) -> Tensor:
+    """(B, L) int64: 1 up to the first end mark."""
+    ends = (ids == eos).long()
+    return ((ends.cumsum(dim=1) - ends) == 0).long()
+
+
+def _chances(draws: Draws, stream: int, rate: float) -> Tensor:
+    """(B,) boolean, on the device: what happens at that rate."""
+    return _sent(draws.uniform_scalars(stream) < rate, draws)
+
+
+def _sent(tensor: Tensor, draws: Draws) -> Tensor:
+    """On the device of the draws, without waiting."""
+    device = torch.device(draws.device)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
