@@ -251,8 +251,9 @@ SAMPLINGS: dict[str, Sampling] = {
     "flux_shift": _flux_shift,
 }
 DENSITIES: dict[str, Sampling] = {"logit_normal": _logit_normal, "mode": _mode}
-"""`weighting_scheme`s that decide where `timestep_sampling sigma` looks into its table, and which levels `density` gives;
-with the others all are as likely."""
+"""`weighting_scheme`s that decide where `timestep_sampling sigma` looks into its table, and how `density` draws.
+
+With the others all levels are as likely."""
 
 DENSITY_SETTINGS: dict[str, tuple[str, ...]] = {
     "sigma": ("discrete_flow_shift",),

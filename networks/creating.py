@@ -1,13 +1,13 @@
 """Makes networks for any family: its targets, and the arguments that all low-rank networks have.
 
-A plug-in for a family is a module that reads its own arguments, says which module gets which size (`Selection`), and
-calls `create` and `create_from_weights`; see `lora_flux.py`.
+A plug-in for a family is a module that reads its own arguments and says which module gets which size (`Selection`);
+`plugin.py` makes of it what calls `create` and `create_from_weights`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -79,6 +79,8 @@ class Settings:
     split: bool
     """Whether the layers in a fused layer get adapters of their own."""
     verbose: bool
+    notes: tuple[str, ...] = ()
+    """What is said when a network is made, such as what has no effect."""
 
     @classmethod
     def from_arguments(
@@ -108,6 +110,10 @@ class Settings:
             verbose=arguments.flag("verbose"),
         )
 
+    def noting(self, note: str) -> Settings:
+        """These settings with one more note."""
+        return replace(self, notes=(*self.notes, note))
+
     def new_adapter(self, target: Target, component: str, choice: Choice, multiplier: float) -> ModuleAdapter:
         """A new adapter for a module that gets one."""
         assert choice.size is not None
@@ -130,7 +136,9 @@ class Settings:
         return own or kinds.of_file(target, component, tensors, multiplier, self.dropouts)
 
     def network(self, parts: Parts, adapters: Sequence[ModuleAdapter]) -> Network:
-        """The network of some adapters; says what they are where that was asked for."""
+        """The network of some adapters; says what they are where that was asked for, and what has no effect."""
+        for note in self.notes:
+            logger.warning("%s", note)
         for line in self.rules.table():
             logger.info("rules: %s", line)
         for adapter in adapters if self.verbose else ():

@@ -17,18 +17,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from library.log import DataError, get_logger
+from library.log import DataError
+from networks import lora
 from networks.arguments import Arguments, error
 from networks.base import ModuleAdapter
 from networks.creating import Settings
 from networks.factored import Dropouts
-from networks.lora import Plugin
-from networks.lora_fa import lora_size
 from networks.low_rank import LoraAdapter, LowRankAdapter
-from networks.reading import Rank
+from networks.reading import Rank, lora_size
 from networks.targets import Target
-
-logger = get_logger(__name__)
 
 
 class NestedAdapter(LowRankAdapter):
@@ -137,14 +134,17 @@ class Dylora:
         return size and self.create(target, component, size, multiplier, dropouts, None)
 
 
-def _without_dropouts(settings: Settings) -> Settings:
-    if settings.dropouts != Dropouts():
-        logger.warning("dropouts have no effect: DyLoRA leaves out ranks in its own way")
-    return replace(settings, dropouts=Dropouts())
+def settings(arguments: Arguments, neuron_dropout: float | None) -> Settings:
+    """See `Plugin.settings`."""
+    found = lora.settings(arguments, neuron_dropout, Dylora(arguments))
+    if found.dropouts == Dropouts():
+        return found
+    plain = replace(found, dropouts=Dropouts())
+    return plain.noting("dropouts have no effect: DyLoRA leaves out ranks in its own way")
 
 
-_PLUGIN = Plugin(kind=Dylora, adjust=_without_dropouts)
-create_network = _PLUGIN.create_network
-create_network_from_weights = _PLUGIN.create_network_from_weights
-trained_encoders = _PLUGIN.trained_encoders
-weights_for = _PLUGIN.weights_for
+PLUGIN = replace(lora.PLUGIN, settings=settings)
+create_network = PLUGIN.create_network
+create_network_from_weights = PLUGIN.create_network_from_weights
+trained_encoders = PLUGIN.trained_encoders
+weights_for = PLUGIN.weights_for

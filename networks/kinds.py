@@ -18,7 +18,7 @@ from networks.factored import Dropouts, weight_shape
 from networks.hadamard import HadamardAdapter
 from networks.kronecker import KroneckerAdapter, Splitting
 from networks.low_rank import LoraAdapter
-from networks.reading import Rank
+from networks.reading import LENGTHS, Rank, lora_size, low_rank, with_alpha
 from networks.rotation import RotationAdapter
 from networks.targets import Target
 
@@ -65,10 +65,8 @@ class Lora:
         self, target: Target, component: str, tensors: Mapping[str, Tensor], multiplier: float, dropouts: Dropouts
     ) -> ModuleAdapter | None:
         """See `Kind.of_file`."""
-        if not tensors.keys() >= {"lora_down.weight", "lora_up.weight"} or LENGTHS in tensors:
-            return None
-        size = _size(tensors, tensors["lora_down.weight"].shape[0])
-        return self.create(target, component, size, multiplier, dropouts, None)
+        size = lora_size(tensors)
+        return size and self.create(target, component, size, multiplier, dropouts, None)
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,9 @@ class Dora:
         self, target: Target, component: str, tensors: Mapping[str, Tensor], multiplier: float, dropouts: Dropouts
     ) -> ModuleAdapter | None:
         """See `Kind.of_file`."""
-        if not tensors.keys() >= {"lora_down.weight", "lora_up.weight", LENGTHS}:
+        size = low_rank(tensors)
+        if size is None or LENGTHS not in tensors:
             return None
-        size = _size(tensors, tensors["lora_down.weight"].shape[0])
         settings = DoraSettings(by_rows=len(tensors[LENGTHS]) == weight_shape(target.module)[0])
         return self.create(target, component, size, multiplier, dropouts, settings)
 
@@ -131,7 +129,7 @@ class Loha:
         if not tensors.keys() >= set(hadamard.NAMES):
             return None
         _refuse_lengths(tensors, target, self.name)
-        size = _size(tensors, tensors["hada_w1_b"].shape[0])
+        size = with_alpha(tensors["hada_w1_b"].shape[0], tensors)
         return self.create(target, component, size, multiplier, dropouts, hadamard.CORES[0] in tensors)
 
 
@@ -170,7 +168,7 @@ class Lokr:
         if shapes is None:
             return None
         _refuse_lengths(tensors, target, self.name)
-        shared = _shared(_size(tensors, kronecker.rank_of(shapes)), multiplier, dropouts)
+        shared = _shared(with_alpha(kronecker.rank_of(shapes), tensors), multiplier, dropouts)
         return KroneckerAdapter(target.name, target.module, component, shapes=shapes, **shared)
 
 
@@ -212,8 +210,6 @@ class Oft:
         )
 
 
-LENGTHS = "dora_scale"
-
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (Lora(), Dora(), Loha(), Lokr())}
 """By value of `--network_args algo=`."""
 
@@ -243,11 +239,6 @@ class _Shared(TypedDict):
 
 def _shared(size: Rank, multiplier: float, dropouts: Dropouts) -> _Shared:
     return {"rank": size.rank, "alpha": size.alpha, "multiplier": multiplier, "dropouts": dropouts}
-
-
-def _size(tensors: Mapping[str, Tensor], rank: int) -> Rank:
-    """Without alpha it is the rank."""
-    return Rank(rank, float(tensors.get("alpha", rank)))
 
 
 def _refuse_lengths(tensors: Mapping[str, Tensor], target: Target, kind: str) -> None:

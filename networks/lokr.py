@@ -1,11 +1,13 @@
 """LoKr for FLUX.1: `networks.lora_flux` with `algo=lokr`, see `kronecker.py` (`--network_module networks.lokr`)."""
 
-from functools import partial
+from __future__ import annotations
 
-from networks.lora_flux import create_network as _create_network
-from networks.lora_flux import create_network_from_weights, trained_encoders, weights_for
+from dataclasses import replace
 
-__all__ = ["create_network", "create_network_from_weights", "trained_encoders", "weights_for"]
+from networks import lora_flux
 
-create_network = partial(_create_network, algo="lokr")
-"""As that of `lora_flux`."""
+PLUGIN = replace(lora_flux.PLUGIN, defaults={"algo": "lokr"})
+create_network = PLUGIN.create_network
+create_network_from_weights = PLUGIN.create_network_from_weights
+trained_encoders = PLUGIN.trained_encoders
+weights_for = PLUGIN.weights_for

@@ -13,18 +13,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from library.log import get_logger
+from networks import lora
 from networks.arguments import Arguments
 from networks.base import ModuleAdapter
 from networks.creating import Settings
 from networks.factored import Dropouts, weight_shape
 from networks.groups import LrRatios
-from networks.lora import Plugin
 from networks.low_rank import LoraAdapter
-from networks.reading import Rank, ranks
+from networks.reading import Rank, lora_size
 from networks.targets import Target
-
-logger = get_logger(__name__)
 
 
 class Frozen(nn.Module):
@@ -107,21 +104,17 @@ class LoraFa:
         return size and self.create(target, component, size, multiplier, dropouts, None)
 
 
-def lora_size(tensors: Mapping[str, Tensor]) -> Rank | None:
-    """Rank and alpha of a module's tensors in a file, named without the module; None: they aren't those of a LoRA."""
-    if "dora_scale" in tensors:
-        return None
-    return ranks({f"module.{key}": tensor for key, tensor in tensors.items()}).get("module")
+def settings(arguments: Arguments, neuron_dropout: float | None) -> Settings:
+    """See `Plugin.settings`."""
+    found = lora.settings(arguments, neuron_dropout, LoraFa())
+    if found.lr_ratios == LrRatios():
+        return found
+    plain = replace(found, lr_ratios=LrRatios())
+    return plain.noting("LoRA+ has no effect on LoRA-FA, which trains the up matrices only")
 
 
-def _without_lora_plus(settings: Settings) -> Settings:
-    if settings.lr_ratios != LrRatios():
-        logger.warning("LoRA+ has no effect on LoRA-FA, which trains the up matrices only")
-    return replace(settings, lr_ratios=LrRatios())
-
-
-_PLUGIN = Plugin(kind=lambda arguments: LoraFa(), adjust=_without_lora_plus)
-create_network = _PLUGIN.create_network
-create_network_from_weights = _PLUGIN.create_network_from_weights
-trained_encoders = _PLUGIN.trained_encoders
-weights_for = _PLUGIN.weights_for
+PLUGIN = replace(lora.PLUGIN, settings=settings)
+create_network = PLUGIN.create_network
+create_network_from_weights = PLUGIN.create_network_from_weights
+trained_encoders = PLUGIN.trained_encoders
+weights_for = PLUGIN.weights_for

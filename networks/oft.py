@@ -15,18 +15,20 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 from torch import Tensor, nn
 
 from library.log import DataError, get_logger
 from library.types import DENOISER
-from networks import creating, kinds, rotation
+from networks import creating, plugin, rotation
 from networks.arguments import Arguments
-from networks.base import ModuleAdapter, Network
-from networks.creating import Encoders, Parts, Settings
+from networks.base import ModuleAdapter
+from networks.creating import Encoders, Parts, Selection, Settings
 from networks.factored import Dropouts, weight_shape
 from networks.groups import LrRatios
+from networks.kinds import Kind
+from networks.plugin import Plugin
 from networks.reading import Rank
 from networks.rotation import KEY, RotationAdapter
 from networks.rules import Rules
@@ -36,8 +38,10 @@ from networks.unet import family
 logger = get_logger(__name__)
 
 PREFIX = "oft_unet"
-ATTENTION = re.compile(rf"{UNET_BLOCKS}\.attentions\.\d+\.transformer_blocks\.\d+\.attn\d\.to_(q|k|v|out\.0)")
-AROUND_ATTENTION = re.compile(rf"{UNET_BLOCKS}\.attentions\..+")
+ATTENTION = rf"{UNET_BLOCKS}\.attentions\.\d+\.transformer_blocks\.\d+\.attn\d\.to_(q|k|v|out\.0)"
+AROUND_ATTENTION = rf"{UNET_BLOCKS}\.attentions\..+"
+MORE = {"enable_all_linear": AROUND_ATTENTION, "enable_conv": rf"(?!{AROUND_ATTENTION}).+"}
+NO_DROPOUT = "--network_dropout has no effect: OFT has nothing to leave out"
 _PART = f"{KEY}.0"
 
 
@@ -96,95 +100,48 @@ class WholeOft:
         return self.create(target, component, Rank(blocks.shape[0], alpha), multiplier, dropouts, None)
 
 
-def trained_encoders(encoder_names: Sequence[str], network_args: Mapping[str, str]) -> Sequence[str]:
-    """None of the text encoders. Errors: UserError for an argument that doesn't exist or has a wrong value."""
-    _read(Arguments(network_args))
-    return []
+WHOLE_OFT: Kind = WholeOft()
 
 
-def create_network(
-    multiplier: float,
-    network_dim: int | None,
-    network_alpha: float | None,
-    vae: nn.Module | None,
-    text_encoders: Encoders | nn.Module | None,
-    unet: nn.Module | None,
-    neuron_dropout: float | None = None,
-    **kwargs: object,
-) -> Network:
-    """A new network that changes nothing yet.
+class Layers(plugin.Layers):
+    """The layers of a denoiser at some paths, with one number of blocks for all."""
 
-    Args:
-        multiplier: strength of the network.
-        network_dim: number of blocks, default 4.
-        network_alpha: the norm of what makes the rotation of n outputs is limited to this times n; default 1e-3, and
-            0 means that, too.
-        vae: not used.
-        text_encoders: not used.
-        unet: the U-Net.
-        neuron_dropout: not used.
-        kwargs: `--network_args`.
+    def __init__(self, arguments: Arguments, size: Rank, always: str, more: Mapping[str, str]) -> None:
+        """Reads the arguments that the patterns in `more` belong to: flags. Errors: UserError."""
+        self._size = size
+        self._paths = re.compile("|".join([always, *(more[name] for name in more if arguments.flag(name))]))
+        self.given = [name for name in more if arguments.given(name)]
 
-    Errors: UserError for an argument that doesn't exist or has a wrong value, and a number of blocks that doesn't fit.
+    def selection(self, parts: Parts) -> Selection:
+        """See `plugin.Layers.selection`. Errors: UserError when the number of blocks doesn't divide the outputs."""
+        chosen = [target for target, component in parts.targets() if self._select(target, component)]
+        rotation.check_blocks(chosen, self._size.rank)
+        return self._select
+
+    def _select(self, target: Target, component: str) -> Rank | None:
+        return self._size if component == DENOISER and self._paths.fullmatch(target.path) else None
+
+    def encoders(self, names: Sequence[str]) -> list[str]:
+        """None."""
+        return []
+
+
+def size_of(network_dim: int | None, network_alpha: float | None) -> Rank:
+    """The number of blocks, default 4, and alpha: what makes the rotation of n outputs gets a norm of n times that.
+
+    Alpha is 1e-3 by default, and 0 means that, too.
     """
-    arguments = Arguments(kwargs)
-    settings, everywhere, convolutions = _read(arguments)
-    if neuron_dropout or arguments.number("dropout"):
-        logger.warning("--network_dropout has no effect: OFT has nothing to leave out")
     alpha = network_alpha or rotation.DEFAULT_ALPHA
     if alpha >= 1:
         logger.warning("--network_alpha %g hardly limits the rotations; usual is %g", alpha, rotation.DEFAULT_ALPHA)
-    size = Rank(creating.DEFAULT_RANK if network_dim is None else int(network_dim), alpha)
-    parts = _parts(unet)
-
-    def select(target: Target, component: str) -> Rank | None:
-        around = AROUND_ATTENTION.fullmatch(target.path)
-        wanted = ATTENTION.fullmatch(target.path) or (everywhere if around else convolutions)
-        return size if component == DENOISER and wanted else None
-
-    rotation.check_blocks([target for target, component in parts.targets() if select(target, component)], size.rank)
-    return creating.create(parts, settings, select, size, multiplier)
+    return Rank(creating.DEFAULT_RANK if network_dim is None else int(network_dim), alpha)
 
 
-def create_network_from_weights(
-    multiplier: float,
-    file: str | Path | None,
-    vae: nn.Module | None,
-    text_encoders: Encoders | nn.Module | None,
-    unet: nn.Module | None,
-    weights_sd: Mapping[str, Tensor] | None = None,
-    for_inference: bool = False,
-    **kwargs: object,
-) -> tuple[Network, Mapping[str, Tensor]]:
-    """A network with the modules and blocks of a file, and the file's tensors; they aren't loaded into it yet.
-
-    Errors: DataError when nothing in the file fits the model.
-    """
-    arguments = Arguments(kwargs)
-    settings, *_ = _read(arguments)
-    for name in ("enable_all_linear", "enable_conv"):
-        if arguments.given(name):
-            logger.warning("%s has no effect: the file says which modules there are", name)
-    return creating.create_from_weights(_parts(unet), settings, multiplier, file, weights_sd, for_inference)
-
-
-def weights_for(
-    weights_sd: Mapping[str, Tensor], text_encoders: Encoders | nn.Module | None, unet: nn.Module | None
-) -> dict[str, Tensor]:
-    """Those tensors of a file that belong to the U-Net, if it is there; empty when none does."""
-    return creating.weights_for(_parts(unet), weights_sd)
-
-
-def _parts(unet: nn.Module | None) -> Parts:
-    return Parts(replace(family(unet, prefix=PREFIX), encoders=()), [], unet)
-
-
-def _read(arguments: Arguments) -> tuple[Settings, bool, bool]:
-    """All arguments: the settings, `enable_all_linear`, `enable_conv`. Errors: UserError."""
-    everywhere, convolutions = arguments.flag("enable_all_linear"), arguments.flag("enable_conv")
-    arguments.given("dropout")
-    settings = Settings(
-        kind=WHOLE_OFT,
+def settings(arguments: Arguments, neuron_dropout: float | None, kind: Kind) -> Settings:
+    """See `Plugin.settings`: there are none but rules."""
+    dropout = arguments.number("dropout")
+    found = Settings(
+        kind=kind,
         kind_settings=None,
         dropouts=Dropouts(),
         lr_ratios=LrRatios(),
@@ -192,8 +149,15 @@ def _read(arguments: Arguments) -> tuple[Settings, bool, bool]:
         split=False,
         verbose=arguments.flag("verbose"),
     )
-    arguments.finish()
-    return settings, everywhere, convolutions
+    return found.noting(NO_DROPOUT) if neuron_dropout or dropout else found
 
 
-WHOLE_OFT: kinds.Kind = WholeOft()
+def _parts(text_encoders: Encoders | nn.Module | None, unet: nn.Module | None) -> Parts:
+    return Parts(replace(family(unet, prefix=PREFIX), encoders=()), [], unet)
+
+
+PLUGIN = Plugin(_parts, partial(Layers, always=ATTENTION, more=MORE), partial(settings, kind=WHOLE_OFT), size_of)
+create_network = PLUGIN.create_network
+create_network_from_weights = PLUGIN.create_network_from_weights
+trained_encoders = PLUGIN.trained_encoders
+weights_for = PLUGIN.weights_for

@@ -56,15 +56,30 @@ def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str
     return {new(key): tensor for key, tensor in tensors.items()}
 
 
+LENGTHS = "dora_scale"
+"""A module's tensor with the lengths of DoRA."""
+
+
 def ranks(tensors: Mapping[str, Tensor]) -> dict[str, Rank]:
-    """Rank and alpha of each LoRA module; where a file has no alpha, it is the rank."""
-    found = {}
-    for module, parts in by_module(tensors).items():
-        down = parts.get("lora_down.weight")
-        if down is not None and "lora_up.weight" in parts:
-            alpha = parts.get("alpha")
-            found[module] = Rank(down.shape[0], float(down.shape[0] if alpha is None else alpha))
-    return found
+    """Rank and alpha of each module with two low-rank matrices; where a file has no alpha, it is the rank."""
+    found = {module: low_rank(parts) for module, parts in by_module(tensors).items()}
+    return {module: size for module, size in found.items() if size}
+
+
+def low_rank(tensors: Mapping[str, Tensor]) -> Rank | None:
+    """Rank and alpha of one module's two low-rank matrices, named without the module; None: it has none."""
+    down = tensors.get("lora_down.weight")
+    return None if down is None or "lora_up.weight" not in tensors else with_alpha(down.shape[0], tensors)
+
+
+def lora_size(tensors: Mapping[str, Tensor]) -> Rank | None:
+    """As `low_rank`; None for those of DoRA, too."""
+    return None if LENGTHS in tensors else low_rank(tensors)
+
+
+def with_alpha(rank: int, tensors: Mapping[str, Tensor]) -> Rank:
+    """A rank and the alpha of one module's tensors; without one it is the rank."""
+    return Rank(rank, float(tensors.get("alpha", rank)))
 
 
 LORA_FAMILIES = (

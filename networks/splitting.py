@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from library.log import DataError, get_logger
 from networks.factored import Dropouts, weight_shape
 from networks.low_rank import Factor, LowRankAdapter
-from networks.reading import Rank, by_module, ranks
+from networks.reading import Rank, by_module, low_rank, ranks
 from networks.targets import Target
 
 logger = get_logger(__name__)
@@ -117,7 +117,7 @@ def of_file(
 
     Errors: DataError when the file's rank isn't one for each part.
     """
-    whole = ranks({f"{target.name}.{key}": tensor for key, tensor in tensors.items()}).get(target.name)
+    whole = low_rank(tensors)
     if whole is None or not target.parts:
         return None
     count = len(target.parts)

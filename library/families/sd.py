@@ -4,46 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from library.epsilon import Epsilon, EpsilonSettings
-from library.families.sd_files import Asked, SdFiles, epsilon_settings, objective_findings, settled
-from library.families.sd_text import LAYER, Wording
-from library.families.tokenizers import CLIP_L, OPEN_CLIP_H
+from library.families.sd_family import SdFamily
+from library.families.sd_files import Asked, SdFiles, epsilon_settings
+from library.families.sd_text import LAYER
+from library.families.tokenizers import CLIP_L, OPEN_CLIP_H, TokenizerSource
 from library.findings import error, warning
-from library.models import autoencoder, loading, unet
+from library.models import unet
 from library.models.checkpoints_sd import TEXT
 from library.models.keymaps import count_indices
-from library.models.ledger_unet import UnetActivations
 from library.models.text_chunks import CONTENT, hidden_state
 from library.option_groups import LegacySDOptions
 from library.options import Options
-from library.randomness import Draws
-from library.types import DENOISER, Cond, Finding, Posterior, Saving, Size, Tokens, Traits
+from library.types import Cond, Finding, Size, Tokens, Traits
 
 
 @dataclass
-class Sd:
+class Sd(SdFamily):
     """See `library.families.base.Family`."""
 
-    files: SdFiles
-    options: EpsilonSettings = field(default_factory=EpsilonSettings)
-    """What the options say; what the model says of itself is added, see `settings`."""
-    asked: Asked | None = None
-    """None where nothing is trained."""
     v2: bool | None = None
     """What `--v2` said; None: nothing."""
     clip_skip: int | None = None
-    length: int = CONTENT
-    """Tokens of a caption: 75, 150 or 225."""
-    weighted: bool = False
-    padded: bool = True
 
     traits: ClassVar[Traits] = Traits(
         name="sd",
@@ -81,23 +68,18 @@ class Sd:
         """Whether the model is SD 2.x, as its tensors say."""
         return self.files.checkpoint.version == "2"
 
-    @cached_property
-    def settings(self) -> EpsilonSettings:
-        """Of the objective, with what the model says of itself."""
-        return settled(self.options, self.files.stated)
+    def own_findings(self) -> list[Finding]:
+        """A wrong `--v2`, a wrong `--clip_skip`."""
+        return [*self._version_findings(), *self._clip_findings()]
 
-    def findings(self) -> list[Finding]:
-        """What is wrong with the model files named in the options, read from their headers only."""
-        found = self.files.findings()
-        if found or not self.files.model:
-            return found
+    def _version_findings(self) -> list[Finding]:
         if self.v2 is not None and self.v2 != self.is_v2:
             said, seen = ("2.x", "1.x") if self.v2 else ("1.x", "2.x")
-            what = f"{Path(self.files.model).name} is an SD {seen} checkpoint, not one of SD {said}"
-            found.append(error(what, "--v2", "leave the option out" if self.v2 else "give --v2", "E-MODEL-KIND"))
-        elif self.v2 is None and self.is_v2:
-            found.append(warning("switched on: the model is SD 2.x", "--v2"))
-        return [*found, *self._clip_findings(), *objective_findings(self.asked, self.files.stated, self.settings)]
+            what = f"{Path(self.files.path).name} is an SD {seen} checkpoint, not one of SD {said}"
+            return [error(what, "--v2", "leave the option out" if self.v2 else "give --v2", "E-MODEL-KIND")]
+        if self.v2 is None and self.is_v2:
+            return [warning("switched on: the model is SD 2.x", "--v2")]
+        return []
 
     @property
     def _layers(self) -> int:
@@ -110,14 +92,6 @@ class Sd:
             return []
         what = f"the text encoder has {layers} layers, of which none is number {self.clip_skip} from the end"
         return [error(what, "--clip_skip", f"give 1 (the last) to {layers}")]
-
-    def part_shapes(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
-        """Shapes of the tensors of the U-Net and the text encoder, from the headers only."""
-        return self.files.part_shapes()
-
-    def activations(self) -> UnetActivations:
-        """What the U-Net needs in memory beside its weights."""
-        return UnetActivations(self.part_shapes()[DENOISER])
 
     def text_output_bytes(self) -> int:
         """None: text outputs are never on the disk."""
@@ -142,21 +116,6 @@ class Sd:
             "zero_terminal_snr": self.settings.zero_terminal_snr,
         }
 
-    def sampling_shift(self) -> bool:
-        """There is none."""
-        return False
-
-    def train_at(self, resolutions: Sequence[Size]) -> None:
-        """They are all the same to it."""
-
-    def vary(self, cond: Cond, size: Size, draws: Draws) -> Cond:
-        """Nothing is changed."""
-        return cond
-
-    def vae_identity(self) -> str:
-        """Changes when the autoencoder changes."""
-        return self.files.vae_identity()
-
     def text_identity(self) -> str:
         """Changes when the text encoder, its tokenizer or an option that decides the text outputs changes."""
         parts = [*self.files.encoder_identities(), str(self.clip_skip), *self.wording.identity()]
@@ -164,33 +123,9 @@ class Sd:
 
     # text
 
-    @cached_property
-    def wording(self) -> Wording:
-        """How captions become tokens."""
-        return Wording(
-            {TEXT: OPEN_CLIP_H if self.is_v2 else CLIP_L},
-            self.files.model,
-            self.files.tokenizer_cache_dir,
-            length=self.length,
-            weighted=self.weighted,
-            padded=self.padded,
-        )
-
-    def load_tokenizers(self) -> None:
-        """Loads the tokenizer. Errors: ResourceError when its files are nowhere."""
-        self.wording.load()
-
-    def token_limits(self) -> dict[str, int]:
-        """Longest token sequence, with both marks."""
-        return self.wording.limits()
-
-    def count_tokens(self, captions: Sequence[str]) -> dict[str, list[int]]:
-        """Number of tokens of each caption, both marks included and nothing cut."""
-        return self.wording.counts(captions)
-
-    def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """`text_encoder` (B, L) ids, and with weighted captions `text_encoder_weights` (B, L)."""
-        return self.wording.tokenize(captions)
+    def tokenizer_sources(self) -> Mapping[str, TokenizerSource]:
+        """See `SdFamily.tokenizer_sources`."""
+        return {TEXT: OPEN_CLIP_H if self.is_v2 else CLIP_L}
 
     def encode_text(self, encoders: Mapping[str, nn.Module], tokens: Tokens) -> Cond:
         """`hidden_state` (B, L, 768 or 1024)."""
@@ -200,68 +135,17 @@ class Sd:
         hidden = hidden_state(encoders[TEXT], rows.flatten(0, 1), self.clip_skip)
         return {"hidden_state": self.wording.finished(TEXT, hidden, rows, tokens)}
 
-    def load_encoders(
-        self,
-        names: Sequence[str],
-        device: torch.device,
-        dtype: torch.dtype,
-        finished: loading.Finished | None = None,
-        keep_float8: bool = False,
-    ) -> dict[str, nn.Module]:
-        """The text encoder, frozen, in evaluation mode, if it is named."""
-        return self.files.load_encoders(names, device, dtype, finished, keep_float8)
-
     def unused_parameters(self) -> Mapping[str, Sequence[str]]:
         """Those of the layers that are skipped."""
         layers = self._layers
         skipped = range(layers - (self.clip_skip or 1) + 1, layers)
         return {TEXT: [f"{level}encoder.layers.{index}." for level in ("", "text_model.") for index in skipped]}
 
-    # images
-
-    def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The image autoencoder, frozen, in evaluation mode."""
-        return self.files.load_vae(device, dtype)
-
-    def encode_images(self, vae: nn.Module, pixels: Tensor) -> Posterior:
-        """The posterior of the latents (B, 4, h, w), unscaled."""
-        return autoencoder.encode(vae, pixels)
-
-    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1], float32."""
-        return autoencoder.decode(vae, self.traits.from_denoiser(latents)).float()
-
     # the denoiser
 
     def size_cond(self, original_sizes: Sequence[Size], crops: Sequence[tuple[int, int]], size: Size) -> Cond:
         """Nothing: the U-Net isn't told."""
         return {}
-
-    def load_denoiser(
-        self,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        finished: loading.Finished | None = None,
-        keep_float8: bool = False,
-    ) -> nn.Module:
-        """The U-Net, in evaluation mode."""
-        return self.files.load_unet(device, dtype, finished, keep_float8)
-
-    def model_elements(self) -> int:
-        """See `Family.model_elements`."""
-        return self.files.model_elements()
-
-    def model_extension(self, kind: str | None) -> str:
-        """See `Family.model_extension`."""
-        return self.files.model_extension(kind)
-
-    def save_model(self, path: Path, parts: Mapping[str, nn.Module], saving: Saving) -> None:
-        """See `Family.save_model`."""
-        self.files.save_model(path, parts, saving, self.settings, self.wording.tokenizers())
-
-    def objective(self) -> Epsilon:
-        """Noise or velocity, at discrete timesteps."""
-        return Epsilon(self.settings)
 
     def predict(
         self, denoiser: nn.Module, x: Tensor, timesteps: Tensor, cond: Cond, guidance: Tensor | None = None

@@ -16,7 +16,9 @@ from library.models import detect, loading_sd, saving_sd
 from library.models.checkpoints_sd import (
     OPTION,
     UNET,
+    VAE,
     Checkpoint,
+    Part,
     Prediction,
     Role,
     find_checkpoint,
@@ -113,10 +115,14 @@ class SdFiles:
         assert UNET == DENOISER
         return {name: checkpoint.part(name).shapes for name in (UNET, *checkpoint.encoders)}
 
+    @cached_property
+    def vae_part(self) -> Part:
+        """Where the autoencoder lies. Errors: DataError when there is none."""
+        return self.checkpoint.part(VAE) if self.vae is None else find_vae(self.vae, mmap=self.mmap)
+
     def vae_identity(self) -> str:
         """See `Family.vae_identity`."""
-        part = loading_sd.vae_part(self.path, role=self.role, vae=self.vae, mmap=self.mmap, option=self.option)
-        return part_fingerprint(part)
+        return part_fingerprint(self.vae_part)
 
     def encoder_identities(self) -> list[str]:
         """Text that changes when an encoder changes, for each."""
@@ -173,8 +179,7 @@ class SdFiles:
 
     def model_elements(self) -> int:
         """Of all models of a checkpoint. See `Family.model_elements`."""
-        vae = loading_sd.vae_part(self.path, role=self.role, vae=self.vae, mmap=self.mmap, option=self.option)
-        parts = [*self.part_shapes().values(), vae.shapes]
+        parts = [*self.part_shapes().values(), self.vae_part.shapes]
         return sum(math.prod(shape) for shapes in parts for shape in shapes.values())
 
     def model_extension(self, kind: str | None) -> str:
@@ -190,11 +195,10 @@ class SdFiles:
         tokenizers: Mapping[str, Any],
     ) -> None:
         """See `Family.save_model`; `settings` say what the U-Net predicts."""
-        vae = None if self.vae is None else find_vae(self.vae, mmap=self.mmap)
         product = saving_sd.Product(
             source=self.checkpoint,
             trained=parts,
-            vae=vae,
+            vae=None if self.vae is None else self.vae_part,
             dtype=saving.dtype,
             epoch=saving.epoch,
             steps=saving.steps,

@@ -33,7 +33,7 @@ Encoders = Sequence["nn.Module | None"]
 
 
 class Plugin(Protocol):
-    """What a network module must have, see `networks.lora_flux`."""
+    """What a network module must have, see `networks.plugin.Plugin`."""
 
     def weights_for(
         self, weights: Mapping[str, Tensor], encoders: Encoders, denoiser: nn.Module | None, /

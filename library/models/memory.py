@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from library.models.offloading import Offload
+from library.models.products import compute_dtype
 
 _NARROWING = 2
 
@@ -168,7 +169,6 @@ def _narrow(layer: Any, x: Tensor) -> Tensor:
     """The answer of a linear layer, in the type in which it would compute."""
     if not torch.is_grad_enabled():
         return F.linear(x, layer.weight, layer.bias)
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype = compute_dtype(x)
     bias = None if layer.bias is None else layer.bias.to(dtype)
     return _kept_linear(x.to(dtype), layer.weight.to(dtype), bias)

@@ -284,11 +284,10 @@ def test_an_unsplit_file_is_not_taken_for_a_split_one() -> None:
 def test_arguments_that_a_file_decides_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     made = fill(network())
     made.apply_to()
-    create_network_from_weights(
-        1.0, None, None, None, tiny_models.flux(), made.file_tensors(), train_blocks="single", in_dims="1,1,1,1,1"
-    )
-    assert "train_blocks has no effect" in caplog.text
-    assert "in_dims has no effect" in caplog.text
+    arguments = {"train_blocks": "single", "in_dims": "1,1,1,1,1", "conv_dim": "4"}
+    create_network_from_weights(1.0, None, None, None, tiny_models.flux(), made.file_tensors(), **arguments)
+    for name in arguments:
+        assert f"{name} has no effect" in caplog.text
 
 
 def test_norms_are_kept_below_the_maximum_when_split() -> None:

@@ -15,11 +15,12 @@ from library.log import UserError
 from library.models.memory import checkpoint_blocks
 from library.models.products import dense
 from library.models.quantized import SCHEMES, store
-from networks import kinds, loha, lora_flux
+from networks import kinds, loha, lokr, lora_flux
 from networks.arguments import Arguments
 from networks.base import DENOISER, ModuleAdapter, Network
 from networks.dora import DoraAdapter
 from networks.factored import Dropouts
+from networks.kronecker import KroneckerAdapter
 from networks.reading import Rank
 from networks.targets import Target
 from tests.networks import tiny_models
@@ -377,3 +378,12 @@ def test_dora_is_also_known_by_its_lycoris_name() -> None:
     assert {type(adapter) for adapter in network.created} == {DoraAdapter}
     with pytest.raises(UserError, match="dora_wd"):
         loha.create_network(1.0, 2, 1.0, None, [None, None], tiny_models.flux(), dora_wd="True")
+
+
+def test_a_module_of_one_kind_knows_the_arguments_of_that_kind_before_anything_is_loaded() -> None:
+    assert lokr.trained_encoders(["clip_l", "t5xxl"], {"factor": "4"}) == ["clip_l"]
+    assert loha.trained_encoders(["clip_l", "t5xxl"], {"train_t5xxl": "True", "use_tucker": "True"})[1:] == ["t5xxl"]
+    with pytest.raises(UserError, match="unknown argument"):
+        loha.trained_encoders(["clip_l"], {"factor": "4"})
+    made = lokr.create_network(1.0, 2, 1.0, None, [None, None], tiny_models.flux(), factor="4")
+    assert {type(adapter) for adapter in made.created} == {KroneckerAdapter}

@@ -243,8 +243,23 @@ def test_a_limit_that_limits_nothing_is_warned_of(caplog: pytest.LogCaptureFixtu
     assert "--network_alpha 1 hardly limits" in caplog.text
 
 
+def test_only_a_dropout_that_would_drop_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_models.flux()
+    made = oft_flux.create_network(1.0, 4, None, None, [], model, neuron_dropout=0.0, dropout="0")
+    assert "dropout" not in caplog.text
+    made.apply_to(None, model)
+    oft_flux.create_network_from_weights(1.0, None, None, [], model, made.file_tensors(), dropout="0.1")
+    assert caplog.text.count("--network_dropout has no effect") == 1
+
+
+def test_arguments_are_checked_before_anything_is_loaded() -> None:
+    for wrong in ({"enable_all_linears": "True"}, {"enable_all_linear": "maybe"}, {"dropout": "some"}):
+        with pytest.raises(UserError, match="--network_args"):
+            oft_flux.trained_encoders([], wrong)
+
+
 def test_text_encoders_are_left_alone() -> None:
-    assert list(oft_flux.trained_encoders(["clip_l", "t5xxl"], {})) == []
+    assert list(oft_flux.trained_encoders(["clip_l", "t5xxl"], {"enable_all_linear": "True"})) == []
     made = oft_flux.create_network(1.0, 4, 1e-3, None, [tiny_models.clip_l(), None], tiny_models.flux())
     assert {one.component for one in made.created} == {DENOISER}
 
