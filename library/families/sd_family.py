@@ -75,7 +75,7 @@ class SdFamily(ABC):
         """There is none."""
         return False
 
-    def train_at(self, resolutions: Sequence[Size]) -> None:
+    def train_at(self, resolutions: Sequence[Size]) -> None:  # noqa: B027 - nothing to do
         """They are all the same to it."""
 
     def vary(self, cond: Cond, size: Size, draws: Draws) -> Cond:
