@@ -1,4 +1,4 @@
-"""Times one LoRA training step on a FLUX.1 transformer or an SDXL U-Net with random weights. See README.md here."""
+"""Times one LoRA training step on a model of FLUX.1, SD3 or SDXL with random weights. See README.md here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Sequence
 
 import torch
+import workload_sd3
 import workload_sdxl
 from workload import Batch, Ceiling, Clock, Shape, Work, adapt, build, measure, peak_memory, reset_peak_memory, work
 
@@ -25,7 +26,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device) if args.device else devices.best_device()
     dtype = devices.dtype_of(args.dtype)
-    if args.family == "sdxl":
+    if args.family == "sd3":
+        sd3 = workload_sd3.Sd3Shape(resolution=args.resolution, batch=args.batch, rank=args.rank)
+        step, counted = workload_sd3.training_step(sd3, device, dtype, checkpointing=args.checkpointing)
+    elif args.family == "sdxl":
         sdxl = workload_sdxl.SdxlShape(resolution=args.resolution, batch=args.batch, rank=args.rank)
         step, counted = workload_sdxl.training_step(sdxl, device, dtype, checkpointing=args.checkpointing)
     else:
@@ -59,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_shape(found)
-    found.add_argument("--family", choices=("flux", "sdxl"), default="flux", help="kind of model")
+    found.add_argument("--family", choices=("flux", "sdxl", "sd3"), default="flux", help="kind of model")
     found.add_argument("--checkpointing", action="store_true", help="recompute activations of blocks to save memory")
     found.add_argument("--every", type=int, default=1, help="with --checkpointing: recompute each n-th block")
     found.add_argument("--compile", action="store_true", help="compile each block with torch.compile")

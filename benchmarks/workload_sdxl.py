@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from counting import counted
 from torch import Tensor, nn
 from workload import SMALL, Work
 
@@ -65,7 +66,8 @@ def training_step(
     network.apply_to(None, model, False, True)
     network.to(device).train()
     batch = _Batch(shape, device, dtype)
-    counted = work(model, network, batch)
+    attention = _Attention(model)
+    arithmetic = counted(model, network, lambda: batch.loss(model), attention)
     if checkpointing:
         checkpoint_blocks(model)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
@@ -76,7 +78,7 @@ def training_step(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step, counted
+    return step, arithmetic
 
 
 class _Batch:
@@ -104,37 +106,20 @@ class _Batch:
         return self.objective.loss(answer.float(), task).mean()
 
 
-def work(model: nn.Module, network: Any, batch: _Batch) -> Work:
-    """Counts a step from the shapes that pass by: two operations per multiply-add, small element-wise work left out.
+class _Attention:
+    """Multiply-adds of the attention layers of a U-Net, counted while data passes through."""
 
-    Of the frozen layers only the gradient of the inputs is needed, which costs as much as the forward pass; attention
-    costs twice its forward there. An adapter costs its forward three times.
-    """
-    found = {"layers": 0.0, "attention": 0.0, "adapters": 0.0}
-    by_module = {id(adapter.module): adapter for adapter in network.adapters}
+    def __init__(self, model: nn.Module) -> None:
+        self._found = 0.0
+        layers = (module for module in model.modules() if hasattr(module, "to_q"))
+        self._handles = [module.register_forward_hook(self._count, with_kwargs=True) for module in layers]
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        rows = output.numel() // (output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1])
-        weight = module.weight
-        found["layers"] += rows * weight.numel()
-        adapter = by_module.get(id(module))
-        if adapter is not None:
-            found["adapters"] += rows * sum(parameter.numel() for parameter in adapter.parameters())
-
-    def attend(module: Any, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Tensor) -> None:
+    def _count(self, module: Any, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Tensor) -> None:
         context = named.get("encoder_hidden_states")
         keys = output.shape[1] if context is None else context.shape[1]
-        found["attention"] += 2.0 * output.shape[0] * output.shape[1] * keys * module.inner_dim
+        self._found += 2.0 * output.shape[0] * output.shape[1] * keys * module.inner_dim
 
-    handles = []
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            handles.append(module.register_forward_hook(count))
-        elif hasattr(module, "to_q"):
-            handles.append(module.register_forward_hook(attend, with_kwargs=True))
-    with torch.no_grad():
-        batch.loss(model)
-    for handle in handles:
-        handle.remove()
-    layers, attention = found["layers"], found["attention"]
-    return Work(2 * (layers + attention), 2 * (layers + 2 * attention), 2 * 3 * found["adapters"])
+    def __call__(self) -> float:
+        for handle in self._handles:
+            handle.remove()
+        return self._found
