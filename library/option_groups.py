@@ -1478,7 +1478,7 @@ class ConvertLoraOptions:
         help="layout of the file, where several fit",
     )
     family: str | None = option(
-        choices=(None, "flux", "sdxl", "sd1", "sd2"), help="what the adapter is for, where its names don't tell"
+        choices=(None, "flux", "sd3", "sdxl", "sd1", "sd2"), help="what the adapter is for, where its names don't tell"
     )
     verify: bool = option(
         False, help="read the written file, and show the largest error of the changes that it makes to weights"
