@@ -1772,6 +1772,25 @@ class Sd3ExtractLoraOptions:
     overwrite: bool = option(False, help="let the result replace one of the files it is made of")
 
 
+@dataclass(frozen=True, kw_only=True)
+class MergeSd3Options:
+    """Joining."""
+
+    dit: str = option(
+        required=True, path=True, help="SD3 transformer, a checkpoint that holds it, or a Diffusers folder"
+    )
+    vae: str | None = option(path=True, help="autoencoder to put in")
+    clip_l: str | None = option(path=True, help="CLIP-L text encoder to put in")
+    clip_g: str | None = option(path=True, help="CLIP-G text encoder to put in")
+    t5xxl: str | None = option(path=True, help="T5-XXL text encoder to put in")
+    output: str = option("merged_model.safetensors", help="file to write")
+    device: str = option("cpu", help="device to load to")
+    save_precision: str | None = option(
+        help="type of the saved weights; as they are when not given", example="bf16, fp16, float or fp8"
+    )
+    overwrite: bool = option(False, help="let the result replace one of the files it is made of")
+
+
 SD3_MERGE_LORA = Script(
     name="networks/sd3_merge_lora.py",
     summary="Merges LoRAs and other networks into SD3 and its text encoders, or with each other.",
@@ -1784,6 +1803,13 @@ SD3_EXTRACT_LORA = Script(
     groups=(Sd3ExtractLoraOptions,),
 )
 
+MERGE_SD3_SAFETENSORS = Script(
+    name="tools/merge_sd3_safetensors.py",
+    summary="Joins the transformer of SD3, its autoencoder and its text encoders into one file.",
+    groups=(MergeSd3Options,),
+    ignored={"device": "tensors are read and written one by one, and nothing is computed"},
+)
+
 SCRIPTS = (
     *(FLUX_TRAIN_NETWORK, FLUX_TRAIN, FLUX_MINIMAL_INFERENCE, CACHE_LATENTS, CACHE_TEXT_ENCODER_OUTPUTS, SHOW_METADATA),
     *(TRAIN_NETWORK, SDXL_TRAIN_NETWORK, TRAIN_DB, FINE_TUNE, SDXL_TRAIN, SDXL_MINIMAL_INFERENCE),
@@ -1792,5 +1818,5 @@ SCRIPTS = (
     *(MERGE_MODELS, CONVERT_DIFFUSERS20_ORIGINAL_SD),
     *(CONVERT_LORA, CANNY, RESIZE_IMAGES, DETECT_FACE_ROTATE, LATENT_UPSCALER),
     *(RESIZE_LORA, EXTRACT_LORA_FROM_MODELS, EXTRACT_LORA_FROM_DYLORA),
-    *(SD3_MERGE_LORA, SD3_EXTRACT_LORA),
+    *(SD3_MERGE_LORA, SD3_EXTRACT_LORA, MERGE_SD3_SAFETENSORS),
 )

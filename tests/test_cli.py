@@ -25,6 +25,7 @@ OWN = (
     "networks/convert_lora.py",
     "networks/sd3_merge_lora.py",
     "networks/sd3_extract_lora.py",
+    "tools/merge_sd3_safetensors.py",
 )
 """Scripts that the reference doesn't have, or not in the state that is frozen here."""
 

@@ -35,6 +35,7 @@ from library.option_groups import (
     FLUX_TRAIN_NETWORK,
     LATENT_UPSCALER,
     LORA_INTERROGATOR,
+    MERGE_SD3_SAFETENSORS,
     SCRIPTS,
     SD3_EXTRACT_LORA,
     SD3_MERGE_LORA,
@@ -237,6 +238,7 @@ def write_for_image_tools(folder: Path, images: Path) -> dict[str, dict[str, str
 def write_for_sd3_tools(folder: Path) -> dict[str, dict[str, str]]:
     """The files that the page on tools for SD3 names."""
     own = {name: str(tiny_sd3.write_encoder(folder / f"sd3_{name}.safetensors", name)) for name in ENCODERS}
+    own |= {"vae": str(tiny_sd3.write_vae(folder / "sd3_vae.safetensors"))}
     base = tiny_sd3.mmdit("5-medium").state_dict()
     save_safetensors(base, folder / "sd3.5_medium.safetensors")
     key = "joint_blocks.0.x_block.attn.proj.weight"
@@ -248,7 +250,7 @@ def write_for_sd3_tools(folder: Path) -> dict[str, dict[str, str]]:
         tensors |= {f"{module}.lora_up.weight": torch.ones(size, 4) for module, size in sizes.items()}
         save_safetensors(tensors, folder / f"{name}.safetensors")
     model = {"model_org": "sd3.5_medium.safetensors"}
-    return {SD3_MERGE_LORA.name: own, SD3_EXTRACT_LORA.name: model}
+    return {MERGE_SD3_SAFETENSORS.name: own, SD3_MERGE_LORA.name: own, SD3_EXTRACT_LORA.name: model}
 
 
 def write_for_sd_tools(folder: Path, tokenizers: Path) -> None:
