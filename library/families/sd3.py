@@ -19,6 +19,7 @@ from library.families.tokenizers import CLIP_L as CLIP_L_TOKENIZER
 from library.families.tokenizers import OPEN_CLIP_G, T5_XXL, load_tokenizer
 from library.findings import of_error, warning
 from library.log import UserError
+from library.metadata import sd3_architecture
 from library.models import autoencoder, loading, positions, t5
 from library.models.keymaps import PROJECTION
 from library.models.keymaps_sd3 import CLIP_G, CLIP_L, T5
@@ -171,7 +172,7 @@ class Sd3:
 
     def architecture(self) -> str:
         """`modelspec.architecture` of the base model."""
-        return f"stable-diffusion-3-{self.config.variant}"
+        return sd3_architecture(self.config.variant)
 
     def modelspec(self) -> dict[str, Any]:
         """Nothing more."""
