@@ -149,15 +149,14 @@ class Noised:
     weight: Tensor
     """(B,) loss weight of each sample."""
 
-    def rows(self, numbers: Sequence[int]) -> Noised:
-        """Those of some samples."""
-        chosen = list(numbers)
+    def rows(self, numbers: Tensor) -> Noised:
+        """Those of some samples, whose numbers (n,) lie on the device."""
         return Noised(
-            latents=self.latents[chosen],
-            input=self.input[chosen],
-            target=self.target[chosen],
-            timesteps=self.timesteps[chosen],
-            weight=self.weight[chosen],
+            latents=self.latents.index_select(0, numbers),
+            input=self.input.index_select(0, numbers),
+            target=self.target.index_select(0, numbers),
+            timesteps=self.timesteps.index_select(0, numbers),
+            weight=self.weight.index_select(0, numbers),
         )
 
 
