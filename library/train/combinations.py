@@ -113,7 +113,9 @@ def _check_swapping(options: Options) -> Iterator[Finding]:
 
 def _check_graphs(options: Options) -> Iterator[Finding]:
     memory = _group(options, MemoryOptions)
-    if memory is not None and memory.cuda_graphs and (cause := against_graphs(options)) is not None:
+    if memory is None or not options.has(OptimizerOptions):
+        return
+    if memory.cuda_graphs and (cause := against_graphs(options)) is not None:
         yield warning(f"nothing is recorded: {cause}", "--cuda_graphs")
 
 
