@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import adapted
 import torch
-from counting import counted
 from torch import Tensor, nn
-from workload import SMALL, Work
+from workload import Work
 
-from library.models.memory import checkpoint_blocks
 from library.models.mmdit import MMDiT, MMDiTConfig
 from library.objectives import Flow, FlowSettings
 from library.randomness import Draws
+from library.types import Cond, Noised
 from networks.lora_sd3 import create_network
 
 STRIDE, TEXT_TOKENS = 8, 77 + 256
@@ -45,31 +45,17 @@ class Sd3Shape:
         return 2.0 * self.batch * pairs * config.width
 
 
+WHOLE = {"depth": 24, "dual_blocks": 13}
+"""Of SD3.5-medium."""
+
+
 def training_step(
-    shape: Sd3Shape, device: torch.device, dtype: torch.dtype, *, checkpointing: bool = False
-) -> tuple[Callable[[], None], Work]:
-    """Forward, backward and optimizer step of a LoRA on all linear layers of the blocks, and its arithmetic."""
+    shape: Sd3Shape, device: torch.device, dtype: torch.dtype, *, checkpointing: bool = False, recorded: bool = False
+) -> tuple[list[Callable[[], None]], Work]:
+    """A LoRA on all linear layers of the blocks; see `adapted.training_step`."""
     model = MMDiT(shape.config).to(device, dtype).requires_grad_(False).train()
-    network = create_network(1.0, shape.rank, shape.rank, None, None, model)
-    for adapter in network.created:
-        for parameter in adapter.parameters():
-            if not parameter.any():
-                nn.init.normal_(parameter, std=SMALL)
-    network.apply_to(None, model, False, True)
-    network.to(device).train()
-    batch = _Batch(shape, device, dtype)
-    arithmetic = counted(model, network, lambda: batch.loss(model), shape.attention)
-    if checkpointing:
-        checkpoint_blocks(model)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
-
-    def step() -> None:
-        batch.loss(model).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step, arithmetic
+    network, batch = create_network(1.0, shape.rank, shape.rank, None, None, model), _Batch(shape, device, dtype)
+    return adapted.training_step(model, network, batch, shape.attention, checkpointing=checkpointing, recorded=recorded)
 
 
 class _Batch:
@@ -81,13 +67,15 @@ class _Batch:
 
         side = shape.resolution // STRIDE
         self.latents = random(config.in_channels, side, side)
-        self.text, self.pooled = random(TEXT_TOKENS, config.context_width), random(config.pooled_width)
+        self.cond: Cond = {"text": random(TEXT_TOKENS, config.context_width), "pooled": random(config.pooled_width)}
         self.objective, self.draws = Flow(FlowSettings()), Draws(range(shape.batch), device)
         mixed = dtype != torch.float32
         self.autocast = torch.autocast(device.type, torch.bfloat16 if not mixed else dtype, enabled=mixed)
 
-    def loss(self, model: nn.Module) -> Tensor:
+    def noised(self) -> Noised:
         with self.autocast:
-            task = self.objective.noise(self.latents, self.draws)
-            answer = model(task.input, task.timesteps, self.text, self.pooled)
-        return self.objective.loss(answer.float(), task).mean()
+            return self.objective.noise(self.latents, self.draws)
+
+    def predict(self, model: nn.Module, x: Tensor, timesteps: Tensor, cond: Cond) -> Tensor:
+        answer: Tensor = model(x, timesteps, cond["text"], cond["pooled"])
+        return answer

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import adapted
 import torch
-from counting import counted
 from torch import Tensor, nn
-from workload import SMALL, Work
+from workload import Work
 
 from library.epsilon import Epsilon, EpsilonSettings
 from library.models import unet
-from library.models.memory import checkpoint_blocks
 from library.randomness import Draws
+from library.types import Cond, Noised
 from networks.lora import create_network
 
 CHANNELS, STRIDE, TEXT_TOKENS, CONTEXT, POOLED = 4, 8, 77, 2048, 1280
@@ -30,7 +30,11 @@ class SdxlShape:
     layers: int = 1
     """Residual blocks per level; SDXL has 2."""
     depths: tuple[int, int, int] = (1, 1, 2)
-    """Transformer blocks per attention on each level; SDXL has none, 2 and 10."""
+    """Transformer blocks per attention on each level; SDXL has 2 and 10 on the second and third, none on the first."""
+
+
+WHOLE = {"layers": 2, "depths": (1, 2, 10)}
+"""Of SDXL."""
 
 
 def build(shape: SdxlShape, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -54,31 +58,13 @@ def build(shape: SdxlShape, device: torch.device, dtype: torch.dtype) -> nn.Modu
 
 
 def training_step(
-    shape: SdxlShape, device: torch.device, dtype: torch.dtype, *, checkpointing: bool = False
-) -> tuple[Callable[[], None], Work]:
-    """Forward, backward and optimizer step of a LoRA on all attention layers, and its arithmetic."""
+    shape: SdxlShape, device: torch.device, dtype: torch.dtype, *, checkpointing: bool = False, recorded: bool = False
+) -> tuple[list[Callable[[], None]], Work]:
+    """A LoRA on all attention layers; see `adapted.training_step`."""
     model = build(shape, device, dtype)
     network = create_network(1.0, shape.rank, shape.rank, None, None, model)
-    for adapter in network.created:
-        for parameter in adapter.parameters():
-            if not parameter.any():
-                nn.init.normal_(parameter, std=SMALL)
-    network.apply_to(None, model, False, True)
-    network.to(device).train()
-    batch = _Batch(shape, device, dtype)
-    attention = _Attention(model)
-    arithmetic = counted(model, network, lambda: batch.loss(model), attention)
-    if checkpointing:
-        checkpoint_blocks(model)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
-
-    def step() -> None:
-        batch.loss(model).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step, arithmetic
+    batch, attention = _Batch(shape, device, dtype), _Attention(model)
+    return adapted.training_step(model, network, batch, attention, checkpointing=checkpointing, recorded=recorded)
 
 
 class _Batch:
@@ -99,11 +85,16 @@ class _Batch:
         mixed = dtype != torch.float32
         self.autocast = torch.autocast(device.type, torch.bfloat16 if not mixed else dtype, enabled=mixed)
 
-    def loss(self, model: nn.Module) -> Tensor:
+    def noised(self) -> Noised:
         with self.autocast:
-            task = self.objective.noise(self.latents, self.draws)
-            answer = unet.predict(model, task.input, task.timesteps, self.text, self.pooled, self.sizes)
-        return self.objective.loss(answer.float(), task).mean()
+            return self.objective.noise(self.latents, self.draws)
+
+    @property
+    def cond(self) -> Cond:
+        return {"text": self.text, "pooled": self.pooled, "sizes": self.sizes}
+
+    def predict(self, model: nn.Module, x: Tensor, timesteps: Tensor, cond: Cond) -> Tensor:
+        return unet.predict(model, x, timesteps, cond["text"], cond["pooled"], cond["sizes"])
 
 
 class _Attention:

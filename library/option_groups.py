@@ -441,6 +441,11 @@ class MemoryOptions:
         choices=_BACKENDS,
         help="compiler used with --torch_compile",
     )
+    cuda_graphs: bool = option(
+        False,
+        help="record forward and backward pass once for each size of images and repeat the recording: faster where the "
+        "GPU waits for Python, as with LoRA for SDXL; more memory. Where that can't be, a line says why",
+    )
     vram: float | None = option(
         help="memory of the GPU to plan for, in GiB; when not given that of the GPU that is there", least=1
     )

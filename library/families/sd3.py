@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from library.devices import send
 from library.families.clip_text import ClipTokenizing
 from library.families.sd3_files import Sd3Model
 from library.families.sd_text import OPEN_CLIP_PAD
@@ -368,7 +369,7 @@ class Sd3:
         numbers = [draws.uniform_scalars(Stream.POSITIONS + number) for number in range(3)]
         at_random = (torch.stack(numbers[1:], dim=1) * (room + 1)).long()
         moved = (numbers[0] < self.settings.random_crop_rate)[:, None]
-        return _sent(torch.where(moved, at_random, room // 2), draws)
+        return send(torch.where(moved, at_random, room // 2), draws.device)
 
     def _table_side(self, rows: int, columns: int) -> int:
         if not self.settings.scaled_positions:
@@ -450,10 +451,4 @@ def _up_to_end(ids: Tensor, eos: int) -> Tensor:
 
 def _chances(draws: Draws, stream: int, rate: float) -> Tensor:
     """(B,) boolean, on the device: what happens at that rate."""
-    return _sent(draws.uniform_scalars(stream) < rate, draws)
-
-
-def _sent(tensor: Tensor, draws: Draws) -> Tensor:
-    """On the device of the draws, without waiting."""
-    device = torch.device(draws.device)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    return send(draws.uniform_scalars(stream) < rate, draws.device)

@@ -1,4 +1,4 @@
-"""Multiply-adds of the layers of a model and of its adapters, counted while data passes through."""
+"""A LoRA step on a model of any family, and the arithmetic it needs, counted while data passes through."""
 
 from __future__ import annotations
 
@@ -7,12 +7,45 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from workload import Work
+from workload import SMALL, Work, stepping
+
+from library.models.memory import checkpoint_blocks
 
 
-def counted(
-    model: nn.Module, network: Any, run: Callable[[], object], attention: Callable[[], float] | float = 0.0
-) -> Work:
+def training_step(
+    model: nn.Module,
+    network: Any,
+    batch: Any,
+    attention: Callable[[], float] | float,
+    *,
+    checkpointing: bool = False,
+    recorded: bool = False,
+) -> tuple[list[Callable[[], None]], Work]:
+    """Forward, backward and optimizer step of a new network, and its arithmetic; `recorded`: once more, recorded.
+
+    `batch` is as `workload.stepping` wants it; for `attention` see `counted`.
+    """
+    device = next(model.parameters()).device
+    for adapter in network.created:
+        for parameter in adapter.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=SMALL)
+    network.apply_to(None, model, False, True)
+    network.to(device).train()
+
+    def run() -> None:
+        noised = batch.noised()
+        with batch.autocast:
+            batch.predict(model, noised.input, noised.timesteps, batch.cond)
+
+    arithmetic = counted(model, network, run, attention)
+    if checkpointing:
+        checkpoint_blocks(model, draws=False)
+    kinds = (False, True) if recorded else (False,)
+    return [stepping(device, model, network, batch, recorded=kind) for kind in kinds], arithmetic
+
+
+def counted(model: nn.Module, network: Any, run: Callable[[], object], attention: Callable[[], float] | float) -> Work:
     """A step's arithmetic: two operations per multiply-add, small element-wise work left out.
 
     Of the frozen layers only the gradient of the inputs is needed, which costs as much as the forward pass; attention
