@@ -1043,7 +1043,46 @@ class EditMetadataOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FluxMergeLoraOptions:
+class NetworkMergeOptions:
+    """What merging into transformers has in common."""
+
+    models: tuple[str, ...] | None = option(path=True, help="network files to merge")
+    ratios: tuple[float, ...] | None = option(help="strength of each network, in the order of --models")
+    concat: bool = option(
+        False,
+        help="merge networks with each other exactly: ranks add up; otherwise matrices of one rank are added, "
+        "which mixes them",
+    )
+    shuffle: bool = option(False, help="put the ranks of the merged network in random order")
+    save_precision: str | None = option(
+        help="type of the saved weights; as in the file they are of when not given", example="bf16, fp16, float or fp8"
+    )
+    loading_device: str = option("cpu", help="device that the networks are loaded to", example="cuda")
+    working_device: str = option("cpu", help="device that computes; cuda is much faster", example="cuda")
+    no_metadata: bool = option(False, help="don't write modelspec metadata; of a network only its kind, rank and alpha")
+    overwrite: bool = option(False, help="let the result replace one of the files it is made of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionOptions:
+    """What extracting from transformers has in common."""
+
+    save_to: str = option(required=True, help="file for the LoRA")
+    dim: int = option(4, help="rank of the new network", least=1)
+    clamp_quantile: float = option(
+        0.99, help="cut matrix elements down to this quantile of their absolute values; 1 leaves them", least=0, most=1
+    )
+    exact: bool = option(False, help="compute all singular values instead of the largest ones, which takes long")
+    device: str | None = option(help="device that computes; the CPU when not given", example="cuda")
+    save_precision: str | None = option(
+        choices=(None, "float", "fp16", "bf16"), help="type of the saved weights; float when not given"
+    )
+    no_metadata: bool = option(False, help="don't write modelspec metadata, only kind, rank and alpha")
+    overwrite: bool = option(False, help="let the result replace one of the files it is made of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxMergeLoraOptions(NetworkMergeOptions):
     """Merging."""
 
     flux_model: str | None = option(
@@ -1056,49 +1095,22 @@ class FluxMergeLoraOptions:
     save_to: str | None = option(help="file for the merged transformer, or for the merged network")
     clip_l_save_to: str | None = option(help="file for the merged CLIP-L")
     t5xxl_save_to: str | None = option(help="file for the merged T5-XXL")
-    models: tuple[str, ...] | None = option(path=True, help="network files to merge")
-    ratios: tuple[float, ...] | None = option(help="strength of each network, in the order of --models")
-    concat: bool = option(
-        False,
-        help="merge networks with each other exactly: ranks add up; otherwise matrices of one rank are added, "
-        "which mixes them",
-    )
-    shuffle: bool = option(False, help="put the ranks of the merged network in random order")
     diffusers: bool = option(
         False, help="the networks have the names of Diffusers or AI-toolkit, which is found out without this, too"
     )
     precision: str = option("float", help="type to compute in")
-    save_precision: str | None = option(
-        help="type of the saved weights; as in the file they are of when not given", example="bf16, fp16, float or fp8"
-    )
     mem_eff_load_save: bool = option(
         False, help="accepted: models are always read, merged and written tensor by tensor"
     )
-    loading_device: str = option("cpu", help="device that the networks are loaded to", example="cuda")
-    working_device: str = option("cpu", help="device that computes; cuda is much faster", example="cuda")
-    no_metadata: bool = option(False, help="don't write modelspec metadata; of a network only its kind, rank and alpha")
-    overwrite: bool = option(False, help="let the result replace one of the files it is made of")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FluxExtractLoraOptions:
+class FluxExtractLoraOptions(ExtractionOptions):
     """Extraction."""
 
     model_org: str = option(required=True, path=True, help="original transformer, a file or a Diffusers folder")
     model_tuned: str = option(required=True, path=True, help="tuned transformer")
-    save_to: str = option(required=True, help="file for the LoRA")
-    dim: int = option(4, help="rank of the new network", least=1)
-    clamp_quantile: float = option(
-        0.99, help="cut matrix elements down to this quantile of their absolute values; 1 leaves them", least=0, most=1
-    )
-    exact: bool = option(False, help="compute all singular values instead of the largest ones, which takes long")
-    device: str | None = option(help="device that computes; the CPU when not given", example="cuda")
-    save_precision: str | None = option(
-        choices=(None, "float", "fp16", "bf16"), help="type of the saved weights; float when not given"
-    )
     mem_eff_safe_open: bool = option(False, help="accepted: models are always read tensor by tensor")
-    no_metadata: bool = option(False, help="don't write modelspec metadata, only kind, rank and alpha")
-    overwrite: bool = option(False, help="let the result replace one of the files it is made of")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1873,7 +1885,7 @@ SDXL_MINIMAL_INFERENCE = Script(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sd3MergeLoraOptions:
+class Sd3MergeLoraOptions(NetworkMergeOptions):
     """Merging."""
 
     sd3_model: str | None = option(
@@ -1888,43 +1900,16 @@ class Sd3MergeLoraOptions:
     clip_l_save_to: str | None = option(help="file for the merged CLIP-L")
     clip_g_save_to: str | None = option(help="file for the merged CLIP-G")
     t5xxl_save_to: str | None = option(help="file for the merged T5-XXL")
-    models: tuple[str, ...] | None = option(path=True, help="network files to merge")
-    ratios: tuple[float, ...] | None = option(help="strength of each network, in the order of --models")
-    concat: bool = option(
-        False,
-        help="merge networks with each other exactly: ranks add up; otherwise matrices of one rank are added, "
-        "which mixes them",
-    )
-    shuffle: bool = option(False, help="put the ranks of the merged network in random order")
-    save_precision: str | None = option(
-        help="type of the saved weights; as in the file they are of when not given", example="bf16, fp16, float or fp8"
-    )
-    loading_device: str = option("cpu", help="device that the networks are loaded to", example="cuda")
-    working_device: str = option("cpu", help="device that computes; cuda is much faster", example="cuda")
-    no_metadata: bool = option(False, help="don't write modelspec metadata; of a network only its kind, rank and alpha")
-    overwrite: bool = option(False, help="let the result replace one of the files it is made of")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sd3ExtractLoraOptions:
+class Sd3ExtractLoraOptions(ExtractionOptions):
     """Extraction."""
 
     model_org: str = option(
         required=True, path=True, help="original model, a transformer, a checkpoint or a Diffusers folder"
     )
     model_tuned: str = option(required=True, path=True, help="tuned model")
-    save_to: str = option(required=True, help="file for the LoRA")
-    dim: int = option(4, help="rank of the new network", least=1)
-    clamp_quantile: float = option(
-        0.99, help="cut matrix elements down to this quantile of their absolute values; 1 leaves them", least=0, most=1
-    )
-    exact: bool = option(False, help="compute all singular values instead of the largest ones, which takes long")
-    device: str | None = option(help="device that computes; the CPU when not given", example="cuda")
-    save_precision: str | None = option(
-        choices=(None, "float", "fp16", "bf16"), help="type of the saved weights; float when not given"
-    )
-    no_metadata: bool = option(False, help="don't write modelspec metadata, only kind, rank and alpha")
-    overwrite: bool = option(False, help="let the result replace one of the files it is made of")
 
 
 @dataclass(frozen=True, kw_only=True)
