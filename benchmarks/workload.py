@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -18,6 +20,10 @@ from library import devices
 from library.models.flux import Flux, FluxConfig, image_ids, patchify, text_ids, unpatchify
 from library.objectives import Flow, FlowSettings
 from library.randomness import Draws
+from library.recording import Recorder
+from library.train.graphs import Recorded
+from library.train.loop import Task, learn
+from library.types import Cond, Noised
 from networks.base import Network
 from networks.lora_flux import create_network
 
@@ -108,28 +114,67 @@ class Batch:
         self.text = random(shape.text_tokens, config.context_width)
         self.pooled = random(config.pooled_width)
         self.guidance = torch.ones(shape.batch, device=device)
-        self.flow = Flow(FlowSettings(timestep_sampling="sigmoid", model_prediction_type="raw"))
+        self.objective = Flow(FlowSettings(timestep_sampling="sigmoid", model_prediction_type="raw"))
         self.draws = Draws(range(shape.batch), device)
         self.autocast = torch.autocast(device.type, torch.bfloat16 if dtype == torch.float32 else dtype, enabled=mixed)
 
+    def noised(self) -> Noised:
+        """With noise, the same each time."""
+        with self.autocast:
+            return self.objective.noise(self.latents, self.draws)
+
+    def predict(self, model: Flux, x: Tensor, timesteps: Tensor, cond: Cond) -> Tensor:
+        """The model's answer for noisy latents."""
+        prediction = model(
+            img=patchify(x),
+            img_ids=image_ids(x),
+            txt=cond["text"],
+            txt_ids=text_ids(cond["text"]),
+            timesteps=timesteps / 1000,
+            pooled=cond["pooled"],
+            guidance=self.guidance,
+        )
+        return unpatchify(prediction, *x.shape[-2:])
+
+    @property
+    def cond(self) -> Cond:
+        """What the model is told."""
+        return {"text": self.text, "pooled": self.pooled}
+
     def loss(self, model: Flux, inputs_need_gradients: bool = False) -> Tensor:
         """Mean loss; `inputs_need_gradients` makes the backward pass run through the model although it is frozen."""
+        noised, cond = self.noised(), self.cond
+        x = noised.input
+        if inputs_need_gradients:
+            x, cond["text"] = x.detach().requires_grad_(), cond["text"].detach().requires_grad_()
         with self.autocast:
-            noised = self.flow.noise(self.latents, self.draws)
-            img, txt = patchify(noised.input), self.text
-            if inputs_need_gradients:
-                img, txt = img.detach().requires_grad_(), txt.detach().requires_grad_()
-            prediction = model(
-                img=img,
-                img_ids=image_ids(noised.input),
-                txt=txt,
-                txt_ids=text_ids(txt),
-                timesteps=noised.timesteps / 1000,
-                pooled=self.pooled,
-                guidance=self.guidance,
-            )
-            prediction = unpatchify(prediction, *self.latents.shape[-2:])
-        return self.flow.loss(prediction.float(), noised).mean()
+            prediction = self.predict(model, x, noised.timesteps, cond)
+        return self.objective.loss(prediction.float(), noised).mean()
+
+
+def stepping(
+    device: torch.device, model: nn.Module, network: Network, batch: Any, *, recorded: bool = False
+) -> Callable[[], None]:
+    """Noise, forward, backward, clipping and AdamW, by the functions of the training; `recorded`: `--cuda_graphs`."""
+    params, count = list(network.parameters()), len(batch.latents)
+    optimizer = torch.optim.AdamW(params, lr=1e-4)
+    learns = Recorded(Recorder(device)) if recorded else learn
+    weights = torch.full((count,), 1 / count, device=device)
+    run: Any = SimpleNamespace(
+        accelerator=SimpleNamespace(autocast=lambda: batch.autocast, backward=Tensor.backward),
+        family=SimpleNamespace(predict=batch.predict),
+        objective=batch.objective,
+        method=SimpleNamespace(parameters=lambda: params),
+        denoiser=model,
+    )
+
+    def step() -> None:
+        learns(run, Task(noised=batch.noised(), cond=batch.cond, weights=weights, mask=None, multiplier=1.0))
+        nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
 
 
 @dataclass(frozen=True)

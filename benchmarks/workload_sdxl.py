@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import adapted
 import torch
 from torch import Tensor, nn
-from workload import SMALL, Work
+from workload import Work
 
 from library.epsilon import Epsilon, EpsilonSettings
 from library.models import unet
-from library.models.memory import checkpoint_blocks
 from library.randomness import Draws
+from library.types import Cond, Noised
 from networks.lora import create_network
 
 CHANNELS, STRIDE, TEXT_TOKENS, CONTEXT, POOLED = 4, 8, 77, 2048, 1280
@@ -29,7 +30,11 @@ class SdxlShape:
     layers: int = 1
     """Residual blocks per level; SDXL has 2."""
     depths: tuple[int, int, int] = (1, 1, 2)
-    """Transformer blocks per attention on each level; SDXL has none, 2 and 10."""
+    """Transformer blocks per attention on each level; SDXL has 2 and 10 on the second and third, none on the first."""
+
+
+WHOLE = {"layers": 2, "depths": (1, 2, 10)}
+"""Of SDXL."""
 
 
 def build(shape: SdxlShape, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -53,30 +58,13 @@ def build(shape: SdxlShape, device: torch.device, dtype: torch.dtype) -> nn.Modu
 
 
 def training_step(
-    shape: SdxlShape, device: torch.device, dtype: torch.dtype, *, checkpointing: bool = False
-) -> tuple[Callable[[], None], Work]:
-    """Forward, backward and optimizer step of a LoRA on all attention layers, and its arithmetic."""
+    shape: SdxlShape, device: torch.device, dtype: torch.dtype, *, checkpointing: bool = False, recorded: bool = False
+) -> tuple[list[Callable[[], None]], Work]:
+    """A LoRA on all attention layers; see `adapted.training_step`."""
     model = build(shape, device, dtype)
     network = create_network(1.0, shape.rank, shape.rank, None, None, model)
-    for adapter in network.created:
-        for parameter in adapter.parameters():
-            if not parameter.any():
-                nn.init.normal_(parameter, std=SMALL)
-    network.apply_to(None, model, False, True)
-    network.to(device).train()
-    batch = _Batch(shape, device, dtype)
-    counted = work(model, network, batch)
-    if checkpointing:
-        checkpoint_blocks(model)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
-
-    def step() -> None:
-        batch.loss(model).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step, counted
+    batch, attention = _Batch(shape, device, dtype), _Attention(model)
+    return adapted.training_step(model, network, batch, attention, checkpointing=checkpointing, recorded=recorded)
 
 
 class _Batch:
@@ -97,44 +85,32 @@ class _Batch:
         mixed = dtype != torch.float32
         self.autocast = torch.autocast(device.type, torch.bfloat16 if not mixed else dtype, enabled=mixed)
 
-    def loss(self, model: nn.Module) -> Tensor:
+    def noised(self) -> Noised:
         with self.autocast:
-            task = self.objective.noise(self.latents, self.draws)
-            answer = unet.predict(model, task.input, task.timesteps, self.text, self.pooled, self.sizes)
-        return self.objective.loss(answer.float(), task).mean()
+            return self.objective.noise(self.latents, self.draws)
+
+    @property
+    def cond(self) -> Cond:
+        return {"text": self.text, "pooled": self.pooled, "sizes": self.sizes}
+
+    def predict(self, model: nn.Module, x: Tensor, timesteps: Tensor, cond: Cond) -> Tensor:
+        return unet.predict(model, x, timesteps, cond["text"], cond["pooled"], cond["sizes"])
 
 
-def work(model: nn.Module, network: Any, batch: _Batch) -> Work:
-    """Counts a step from the shapes that pass by: two operations per multiply-add, small element-wise work left out.
+class _Attention:
+    """Multiply-adds of the attention layers of a U-Net, counted while data passes through."""
 
-    Of the frozen layers only the gradient of the inputs is needed, which costs as much as the forward pass; attention
-    costs twice its forward there. An adapter costs its forward three times.
-    """
-    found = {"layers": 0.0, "attention": 0.0, "adapters": 0.0}
-    by_module = {id(adapter.module): adapter for adapter in network.adapters}
+    def __init__(self, model: nn.Module) -> None:
+        self._found = 0.0
+        layers = (module for module in model.modules() if hasattr(module, "to_q"))
+        self._handles = [module.register_forward_hook(self._count, with_kwargs=True) for module in layers]
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        rows = output.numel() // (output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1])
-        weight = module.weight
-        found["layers"] += rows * weight.numel()
-        adapter = by_module.get(id(module))
-        if adapter is not None:
-            found["adapters"] += rows * sum(parameter.numel() for parameter in adapter.parameters())
-
-    def attend(module: Any, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Tensor) -> None:
+    def _count(self, module: Any, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Tensor) -> None:
         context = named.get("encoder_hidden_states")
         keys = output.shape[1] if context is None else context.shape[1]
-        found["attention"] += 2.0 * output.shape[0] * output.shape[1] * keys * module.inner_dim
+        self._found += 2.0 * output.shape[0] * output.shape[1] * keys * module.inner_dim
 
-    handles = []
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            handles.append(module.register_forward_hook(count))
-        elif hasattr(module, "to_q"):
-            handles.append(module.register_forward_hook(attend, with_kwargs=True))
-    with torch.no_grad():
-        batch.loss(model)
-    for handle in handles:
-        handle.remove()
-    layers, attention = found["layers"], found["attention"]
-    return Work(2 * (layers + attention), 2 * (layers + 2 * attention), 2 * 3 * found["adapters"])
+    def __call__(self) -> float:
+        for handle in self._handles:
+            handle.remove()
+        return self._found

@@ -30,7 +30,7 @@ from library.option_groups import (
     VaePrecisionOptions,
 )
 from library.record import Record
-from library.train import resume
+from library.train import graphs, resume
 from library.train.best import Best
 from library.train.checkpoints import Checkpoints
 from library.train.conditions import Conditions
@@ -192,6 +192,7 @@ def assemble(
         stepper=stepper,
         state=state,
         observers=(),
+        learn=graphs.learner(options, method, job.device),
     )
     best = observing.best_of(job, checkpoints)
     tokenizes = bool(conditions.models.encoders)

@@ -173,6 +173,14 @@ def main_memory() -> int | None:
 # copies beside the computing
 
 
+def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor of main memory on a device, without waiting for it where that can be."""
+    import torch
+
+    pins = torch.device(device).type in _STREAMING and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if pins else tensor).to(device, non_blocking=True)
+
+
 class CopyStream:
     """Copies between main memory and a device while the device computes, one after the other as they are asked for.
 

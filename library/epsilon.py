@@ -97,14 +97,14 @@ class Epsilon:
 
     def _noised(self, latents: Tensor, timesteps: Tensor, noise: Tensor, noise_in_input: Tensor) -> Noised:
         clean = latents.float()
-        alpha = self.levels.at(self.levels.alphas, timesteps)[:, None, None, None]
+        alpha = self.levels.alphas_at(timesteps)[:, None, None, None]
         signal, disorder = alpha.sqrt(), (1 - alpha).sqrt()
         return Noised(
             latents=latents,
             input=(signal * clean + disorder * noise_in_input).to(latents.dtype),
             target=signal * noise - disorder * clean if self.settings.v_parameterization else noise,
             timesteps=timesteps,
-            weight=loss_weight(self.settings, self.levels.at(self.levels.snr, timesteps)),
+            weight=loss_weight(self.settings, self.levels.snr_at(timesteps)),
         )
 
     def _perturbation(self, latents: Tensor, draws: Draws) -> Tensor | float:
@@ -140,7 +140,7 @@ class Epsilon:
             case "exponential":
                 return settings.huber_scale * least ** (timesteps / TIMESTEPS)
             case "snr":
-                alpha = self.levels.at(self.levels.alphas, timesteps)
+                alpha = self.levels.alphas_at(timesteps)
                 ratio = ((1 - alpha) / alpha.clamp_min(1e-12)).sqrt()
                 return (1 - least) / (1 + ratio) ** 2 + least
             case _:

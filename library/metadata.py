@@ -497,6 +497,11 @@ def sd_architecture(version: str, *, v_prediction: bool = False) -> str:
     return "stable-diffusion-xl-v1-base" if version == "xl" else "stable-diffusion-v1"
 
 
+def sd3_architecture(variant: str) -> str:
+    """`modelspec.architecture` of SD3: `medium`, and of SD3.5: `5-medium` and `5-large`."""
+    return f"stable-diffusion-3-{variant}"
+
+
 STALE = ("modelspec.", "sshs_", "ss_", "epoch", "global_step")
 """Beginnings of keys whose values don't hold for what is made of a file."""
 

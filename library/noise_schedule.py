@@ -23,6 +23,8 @@ class NoiseSchedule:
 
     def __init__(self, *, zero_terminal_snr: bool = False) -> None:
         self.zero_terminal_snr = zero_terminal_snr
+        self._placed: dict[tuple[str, torch.device], Tensor] = {}
+        """Tables on the devices where they were asked for, so that a step needn't send them."""
 
     @cached_property
     def betas(self) -> Tensor:
@@ -43,9 +45,20 @@ class NoiseSchedule:
         """(1000,): signal-to-noise ratio; 0 at the last timestep with `zero_terminal_snr`."""
         return self.alphas / (1 - self.alphas)
 
-    def at(self, table: Tensor, timesteps: Tensor) -> Tensor:
-        """(B,): values of a table at timesteps (B,), on their device."""
-        return table.to(timesteps.device, non_blocking=True)[timesteps.long().clamp(0, TIMESTEPS - 1)]
+    def alphas_at(self, timesteps: Tensor) -> Tensor:
+        """(B,): `alphas` at timesteps (B,), on their device."""
+        return self._at("alphas", timesteps)
+
+    def snr_at(self, timesteps: Tensor) -> Tensor:
+        """(B,): `snr` at timesteps (B,), on their device."""
+        return self._at("snr", timesteps)
+
+    def _at(self, name: str, timesteps: Tensor) -> Tensor:
+        place = name, timesteps.device
+        if place not in self._placed:
+            table: Tensor = getattr(self, name)
+            self._placed[place] = table.to(timesteps.device)
+        return self._placed[place][timesteps.long().clamp(0, TIMESTEPS - 1)]
 
 
 def _cumulated(betas: Tensor) -> Tensor:

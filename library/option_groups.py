@@ -441,6 +441,11 @@ class MemoryOptions:
         choices=_BACKENDS,
         help="compiler used with --torch_compile",
     )
+    cuda_graphs: bool = option(
+        False,
+        help="record forward and backward pass once for each size of images and repeat the recording: faster where the "
+        "GPU waits for Python, as with LoRA for SDXL; more memory. Where that can't be, a line says why",
+    )
     vram: float | None = option(
         help="memory of the GPU to plan for, in GiB; when not given that of the GPU that is there", least=1
     )
@@ -1583,7 +1588,7 @@ class ConvertLoraOptions:
         help="layout of the file, where several fit",
     )
     family: str | None = option(
-        choices=(None, "flux", "sdxl", "sd1", "sd2"), help="what the adapter is for, where its names don't tell"
+        choices=(None, "flux", "sd3", "sdxl", "sd1", "sd2"), help="what the adapter is for, where its names don't tell"
     )
     verify: bool = option(
         False, help="read the written file, and show the largest error of the changes that it makes to weights"
@@ -1914,6 +1919,102 @@ SD3_MINIMAL_INFERENCE = Script(
     groups=(Sd3InferenceOptions,),
 )
 
+# tools for SD3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sd3MergeLoraOptions:
+    """Merging."""
+
+    sd3_model: str | None = option(
+        path=True,
+        help="SD3 model to merge into, a transformer or a checkpoint with text encoders, or a Diffusers folder; "
+        "without any model the networks are merged with each other",
+    )
+    clip_l: str | None = option(path=True, help="CLIP-L text encoder to merge into")
+    clip_g: str | None = option(path=True, help="CLIP-G text encoder to merge into")
+    t5xxl: str | None = option(path=True, help="T5-XXL text encoder to merge into")
+    save_to: str | None = option(help="file for the merged model, or for the merged network")
+    clip_l_save_to: str | None = option(help="file for the merged CLIP-L")
+    clip_g_save_to: str | None = option(help="file for the merged CLIP-G")
+    t5xxl_save_to: str | None = option(help="file for the merged T5-XXL")
+    models: tuple[str, ...] | None = option(path=True, help="network files to merge")
+    ratios: tuple[float, ...] | None = option(help="strength of each network, in the order of --models")
+    concat: bool = option(
+        False,
+        help="merge networks with each other exactly: ranks add up; otherwise matrices of one rank are added, "
+        "which mixes them",
+    )
+    shuffle: bool = option(False, help="put the ranks of the merged network in random order")
+    save_precision: str | None = option(
+        help="type of the saved weights; as in the file they are of when not given", example="bf16, fp16, float or fp8"
+    )
+    loading_device: str = option("cpu", help="device that the networks are loaded to", example="cuda")
+    working_device: str = option("cpu", help="device that computes; cuda is much faster", example="cuda")
+    no_metadata: bool = option(False, help="don't write modelspec metadata; of a network only its kind, rank and alpha")
+    overwrite: bool = option(False, help="let the result replace one of the files it is made of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sd3ExtractLoraOptions:
+    """Extraction."""
+
+    model_org: str = option(
+        required=True, path=True, help="original model, a transformer, a checkpoint or a Diffusers folder"
+    )
+    model_tuned: str = option(required=True, path=True, help="tuned model")
+    save_to: str = option(required=True, help="file for the LoRA")
+    dim: int = option(4, help="rank of the new network", least=1)
+    clamp_quantile: float = option(
+        0.99, help="cut matrix elements down to this quantile of their absolute values; 1 leaves them", least=0, most=1
+    )
+    exact: bool = option(False, help="compute all singular values instead of the largest ones, which takes long")
+    device: str | None = option(help="device that computes; the CPU when not given", example="cuda")
+    save_precision: str | None = option(
+        choices=(None, "float", "fp16", "bf16"), help="type of the saved weights; float when not given"
+    )
+    no_metadata: bool = option(False, help="don't write modelspec metadata, only kind, rank and alpha")
+    overwrite: bool = option(False, help="let the result replace one of the files it is made of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSd3Options:
+    """Joining."""
+
+    dit: str = option(
+        required=True, path=True, help="SD3 transformer, a checkpoint that holds it, or a Diffusers folder"
+    )
+    vae: str | None = option(path=True, help="autoencoder to put in")
+    clip_l: str | None = option(path=True, help="CLIP-L text encoder to put in")
+    clip_g: str | None = option(path=True, help="CLIP-G text encoder to put in")
+    t5xxl: str | None = option(path=True, help="T5-XXL text encoder to put in")
+    output: str = option("merged_model.safetensors", help="file to write")
+    device: str = option("cpu", help="device to load to")
+    save_precision: str | None = option(
+        help="type of the saved weights; as they are when not given", example="bf16, fp16, float or fp8"
+    )
+    overwrite: bool = option(False, help="let the result replace one of the files it is made of")
+
+
+SD3_MERGE_LORA = Script(
+    name="networks/sd3_merge_lora.py",
+    summary="Merges LoRAs and other networks into SD3 and its text encoders, or with each other.",
+    groups=(Sd3MergeLoraOptions,),
+)
+
+SD3_EXTRACT_LORA = Script(
+    name="networks/sd3_extract_lora.py",
+    summary="Makes a LoRA of the difference between two SD3 transformers.",
+    groups=(Sd3ExtractLoraOptions,),
+)
+
+MERGE_SD3_SAFETENSORS = Script(
+    name="tools/merge_sd3_safetensors.py",
+    summary="Joins the transformer of SD3, its autoencoder and its text encoders into one file.",
+    groups=(MergeSd3Options,),
+    ignored={"device": "tensors are read and written one by one, and nothing is computed"},
+)
+
 SCRIPTS = (
     *(FLUX_TRAIN_NETWORK, FLUX_TRAIN, FLUX_MINIMAL_INFERENCE, CACHE_LATENTS, CACHE_TEXT_ENCODER_OUTPUTS, SHOW_METADATA),
     *(TRAIN_NETWORK, SDXL_TRAIN_NETWORK, TRAIN_DB, FINE_TUNE, SDXL_TRAIN, SDXL_MINIMAL_INFERENCE),
@@ -1923,4 +2024,5 @@ SCRIPTS = (
     *(MERGE_MODELS, CONVERT_DIFFUSERS20_ORIGINAL_SD),
     *(CONVERT_LORA, CANNY, RESIZE_IMAGES, DETECT_FACE_ROTATE, LATENT_UPSCALER),
     *(RESIZE_LORA, EXTRACT_LORA_FROM_MODELS, EXTRACT_LORA_FROM_DYLORA),
+    *(SD3_MERGE_LORA, SD3_EXTRACT_LORA, MERGE_SD3_SAFETENSORS),
 )

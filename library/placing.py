@@ -20,7 +20,7 @@ from library.option_groups import (
 from library.train.forecast import blocks_of, named_blocks
 from library.train.plan import readable_bytes
 from library.train.setups import storage_of, swap_of
-from library.types import DENOISER, Models
+from library.types import DENOISER, Chance, Models
 
 if TYPE_CHECKING:
     from library.assembly import Job, Setting
@@ -160,7 +160,8 @@ def finish(job: Job, models: Models, streamed: int) -> Streaming | None:
         compiling.compile_blocks(denoiser, group.dynamo_backend, job.device.type)
     if group.gradient_checkpointing:
         offload = options.has(OffloadOptions) and options[OffloadOptions].cpu_offload_checkpointing
-        memory.checkpoint_blocks(denoiser, group.checkpoint_every_n_blocks, offload=offload)
+        draws = job.method.chance() > Chance.NOWHERE
+        memory.checkpoint_blocks(denoiser, group.checkpoint_every_n_blocks, offload=offload, draws=draws)
         for name in job.method.trained_encoders():
             memory.checkpoint_blocks(models.encoders[name])
     if not streamed:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from library import devices
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -94,4 +96,4 @@ class Draws:
         numbers = torch.empty(len(self.seeds))
         for number, seed in zip(numbers, self.seeds, strict=True):
             draw(number, torch.Generator().manual_seed(mix(seed, stream)))
-        return numbers.to(self.device, non_blocking=True)
+        return devices.send(numbers, self.device)

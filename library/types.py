@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -18,6 +19,16 @@ DENOISER = "unet"
 
 Tokens = dict[str, "Tensor"]
 """Token ids and masks by name, each (B, L), int64."""
+
+
+class Chance(IntEnum):
+    """Where random numbers are drawn while a model that is trained computes; the larger one counts."""
+
+    NOWHERE = 0
+    DEVICE = 1
+    """For values only: the same is computed each time."""
+    HOST = 2
+    """What is computed may depend on them, or nobody knows."""
 
 
 class Size(NamedTuple):
@@ -159,15 +170,14 @@ class Noised:
     weight: Tensor
     """(B,) loss weight of each sample."""
 
-    def rows(self, numbers: Sequence[int]) -> Noised:
-        """Those of some samples."""
-        chosen = list(numbers)
+    def rows(self, numbers: Tensor) -> Noised:
+        """Those of some samples, whose numbers (n,) lie on the device."""
         return Noised(
-            latents=self.latents[chosen],
-            input=self.input[chosen],
-            target=self.target[chosen],
-            timesteps=self.timesteps[chosen],
-            weight=self.weight[chosen],
+            latents=self.latents.index_select(0, numbers),
+            input=self.input.index_select(0, numbers),
+            target=self.target.index_select(0, numbers),
+            timesteps=self.timesteps.index_select(0, numbers),
+            weight=self.weight.index_select(0, numbers),
         )
 
 

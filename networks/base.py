@@ -14,7 +14,7 @@ from library import files, metadata
 from library.log import DataError, get_logger
 from library.models.products import dense
 from library.models.quantized import replace
-from library.types import DENOISER
+from library.types import DENOISER, Chance
 from networks import groups, reading
 
 logger = get_logger(__name__)
@@ -64,6 +64,11 @@ class ModuleAdapter(nn.Module, ABC):
         else:
             del self.module.forward
         self.hooked = False
+
+    @property
+    def chance(self) -> Chance:
+        """Where it draws random numbers in training."""
+        return Chance.NOWHERE
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -185,6 +190,10 @@ class Network(nn.Module):
 
     def on_step_start(self) -> None:
         """Nothing to do."""
+
+    def chance(self) -> Chance:
+        """Where the adapters of the denoiser draw random numbers in training."""
+        return max((one.chance for one in self.adapters if one.component == DENOISER), default=Chance.NOWHERE)
 
     @torch.no_grad()
     def apply_max_norm_regularization(self, max_norm: float, device: object = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -150,6 +150,9 @@ class _Step:
     def forward(self, units: Units) -> Units:
         """The units in the other layout, by rules alone."""
         if self._turns(units):
+            if self.place[1].swapped and self.source.fused != self.target.fused:
+                what = "OFT of a layer whose outputs may be in another order there"
+                raise DataError(what, code="E-NETWORK-KIND")
             return rotation_layouts.regrouped(units, self.source, self.target, self.count)
         made = self._grouped(units)
         if self.target.folded:
@@ -189,7 +192,7 @@ class _Step:
         """As many units as the other layout has; the reverse order of halves in it."""
         if self.source.fused == self.target.fused:
             return list(units)
-        if self.place[1].swapped:
+        if self.place[1].swapped and regrouping.are_halves(_first(units)):
             return _each(units, regrouping.swapped)
         if self.count == 1:
             return list(units)

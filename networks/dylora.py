@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from library.log import DataError
+from library.types import Chance
 from networks import lora
 from networks.arguments import Arguments, error
 from networks.base import ModuleAdapter
@@ -50,6 +51,11 @@ class NestedAdapter(LowRankAdapter):
         self.lora_up = nn.ParameterList([part.clone() for part in torch.split(up, unit, 1)])
         self._last: int | None = None
         """The group that is trained in this pass; None: all ranks count."""
+
+    @property
+    def chance(self) -> Chance:
+        """See `ModuleAdapter.chance`."""
+        return Chance.HOST
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """See `LowRankAdapter.pair`: all ranks, or those of this pass."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from library.log import DataError
 from library.models.quantized import StoredLinear
+from library.types import Chance
 from networks.base import ModuleAdapter
 
 
@@ -49,6 +50,13 @@ class FactoredAdapter(ModuleAdapter):
         self.register_buffer("alpha", torch.tensor(alpha or rank))
         self.scale = float(alpha or rank) / rank
         self.register_load_state_dict_post_hook(_refresh_scale)  # type: ignore[no-untyped-call]
+
+    @property
+    def chance(self) -> Chance:
+        """See `ModuleAdapter.chance`."""
+        if self.dropouts.module:
+            return Chance.HOST
+        return Chance.DEVICE if self.dropouts.neuron or self.dropouts.rank else Chance.NOWHERE
 
     @property
     def strength(self) -> float:

@@ -14,8 +14,9 @@ from library.models.flux import Flux, FluxConfig
 from library.option_groups import ConvertDiffusersToFluxOptions, ConvertFluxLoraOptions
 from library.progress import Progress
 from networks import flux_layouts, reading, results
-from networks.flux_files import input_files, opened_model, refuse_unknown
+from networks.flux_files import refuse_unknown
 from networks.merging import Merged
+from networks.model_files import input_files, opened_model
 from networks.reading import Rank
 
 logger = get_logger(__name__)

@@ -17,9 +17,10 @@ from library.options import parse
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses and extracts."""
     options = parse(FLUX_EXTRACT_LORA, argv)[FluxExtractLoraOptions]
-    from networks.flux_extracting import extract
+    from networks.flux_files import FLUX
+    from networks.model_extracting import extract
 
-    extract(options)
+    extract(FLUX, options)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from networks.scaling import Tensors, rank_of
 PEFT_KEY = "lora_adapter_metadata"
 """Where Diffusers keeps what PEFT has to know of a file, alpha among it."""
 _TEXT_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+_WIDTHS = {1536: "sd3", 2432: "sd3", 3072: "flux"}
+"""Of transformers whose layers have the same names in Diffusers."""
 
 Place = tuple[str, Module]
 """A module and its component."""
@@ -138,13 +140,15 @@ def recognised(
 
 
 def _widths_fit(parsed: Parsed, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the text that layers look at is as wide as in the family, where that shows."""
+    """Whether the text that layers look at, or the model, is as wide as in the family, where that shows."""
     for key, (unit, tensor) in parsed.items():
         width = shapes[key][1] if tensor in (FACTORS[0], "hada_w1_b") and len(shapes[key]) > 1 else 0
         path = unit.module.diffusers[0]
         text = path.endswith(("attn2.to_k", "attn2.to_v")) or (unit.component == "clip" and ".self_attn." in path)
         if text and width in _TEXT_WIDTHS:
             return _TEXT_WIDTHS[width] == parsed.row.family
+        if unit.component == DENOISER and path.endswith((".attn.to_q", ".attn.add_q_proj")) and width in _WIDTHS:
+            return _WIDTHS[width] == parsed.row.family
     return True
 
 
@@ -189,7 +193,8 @@ def read(tensors: Mapping[str, Tensor], parsed: Parsed, where: str, peft: str | 
             _set_lengths(unit_of_file, peft=False)
     if peft is not None and parsed.row.folded:
         for (place, index), unit_of_file in _layers(adapter):
-            alpha = peft_alpha(peft, place[0], parsed.row.paths(place[1])[index], rank_of(unit_of_file))
+            part = parsed.row.starts[place[0]][0].partition(".")[0]
+            alpha = peft_alpha(peft, part, parsed.row.paths(place[1])[index], rank_of(unit_of_file))
             if alpha is not None:
                 unit_of_file.setdefault("alpha", alpha)
     return adapter
@@ -226,13 +231,11 @@ def _set_lengths(unit: Tensors, *, peft: bool) -> None:
         raise DataError("the lengths of DoRA are those of columns, which PEFT doesn't know", code="E-NETWORK-KIND")
 
 
-def peft_alpha(text: str, component: str, path: str, rank: int | None) -> Tensor | None:
-    """The alpha of a layer by what Diffusers wrote of it; None: it says nothing."""
+def peft_alpha(text: str, part: str, path: str, rank: int | None) -> Tensor | None:
+    """The alpha of a layer by what Diffusers wrote of its part of the pipeline; None: it says nothing."""
     try:
         facts = json.loads(text)
-        start = {DENOISER: ("transformer.", "unet.")}.get(component, ("text_encoder.",))
-        start = ("text_encoder_2.",) if component in ("clip_g", "t5xxl") else start
-        own = {key.partition(".")[2]: value for key, value in facts.items() if key.startswith(start)}
+        own = {key.partition(".")[2]: value for key, value in facts.items() if key.startswith(f"{part}.")}
         alpha = own.get("lora_alpha")
         for pattern, value in (own.get("alpha_pattern") or {}).items():
             if re.fullmatch(rf"(.*\.)?({pattern})", path):

@@ -14,8 +14,10 @@ from typing import Literal, NamedTuple
 
 from library.models.keymaps import flux_names
 from library.models.keymaps_sd import UnetLayout
+from library.models.keymaps_sd3 import mmdit_names
 
-FAMILIES = {"flux": "FLUX.1", "sdxl": "SDXL", "sd1": "SD 1.x", "sd2": "SD 2.x"}
+FAMILIES = {"flux": "FLUX.1", "sdxl": "SDXL", "sd1": "SD 1.x", "sd2": "SD 2.x", "sd3": "SD3"}
+"""In the order in which a file is tried."""
 LAYOUTS = {
     "kohya": "sd-scripts (kohya)",
     "comfyui": "ComfyUI",
@@ -37,7 +39,10 @@ class Module(NamedTuple):
     diffusers: tuple[str, ...]
     """Paths of the layers that hold its rows in Diffusers, first rows first."""
     swapped: bool = False
-    """Whether the halves of its rows have changed places there."""
+    """Whether the halves of its rows have changed places there, if there are twice as many rows as inputs.
+
+    In SD3 that is so for one layer of the last block, whose namesakes in the others have more rows.
+    """
 
 
 class Unit(NamedTuple):
@@ -60,6 +65,18 @@ def _flux(blocks: int) -> list[Module]:
         )
         for own, paths in flux_names(blocks, blocks).items()
         if own.endswith(".weight")
+    ]
+
+
+def _sd3(blocks: int) -> list[Module]:
+    return [
+        Module(
+            own.removesuffix(".weight"),
+            tuple(path.removesuffix(".weight") for path in paths),
+            own.endswith("context_block.adaLN_modulation.1.weight") or own.startswith("final_layer.adaLN"),
+        )
+        for own, paths in mmdit_names(blocks).items()
+        if own.endswith(".weight") and ".ln_" not in own
     ]
 
 
@@ -108,6 +125,7 @@ COMPONENTS: Mapping[str, Mapping[str, Callable[[int], list[Module]]]] = {
     "sdxl": {DENOISER: partial(_unet, "sdxl"), "clip_l": _clip, "clip_g": _clip},
     "sd1": {DENOISER: partial(_unet, "sd"), "clip": _clip},
     "sd2": {DENOISER: partial(_unet, "sd"), "clip": _clip},
+    "sd3": {DENOISER: _sd3, "clip_l": _clip, "clip_g": _clip, "t5xxl": _t5},
 }
 """The modules of each component of a family, for a number of blocks that is large enough."""
 
@@ -213,24 +231,29 @@ _KOHYA = {
     "flux": _starts(("lora_unet_",), clip_l=("lora_te1_text_model_",), t5xxl=("lora_te3_", "lora_te2_")),
     "sdxl": _starts(("lora_unet_",), clip_l=("lora_te1_text_model_",), clip_g=("lora_te2_text_model_",)),
     "sd": _starts(("lora_unet_",), clip=("lora_te_text_model_",)),
+    "sd3": _starts(
+        ("lora_unet_",),
+        clip_l=("lora_te1_text_model_",),
+        clip_g=("lora_te2_text_model_",),
+        t5xxl=("lora_te3_",),
+    ),
 }
 _COMFYUI = "text_encoders.{}.transformer."
 _PEFT_UNET = ("unet.", "base_model.model.unet.", "base_model.model.", "")
 _PEFT_CLIP = ("text_encoder.text_model.", "text_encoder.")
+_PEFT_CLIP_2 = ("text_encoder_2.text_model.", "text_encoder_2.")
+_PEFT_TRANSFORMER = ("transformer.", "base_model.model.transformer.", "base_model.model.", "")
 _DIFFUSERS = {
-    "flux": _starts(
-        ("transformer.", "base_model.model.transformer.", "base_model.model.", ""),
-        clip_l=_PEFT_CLIP,
-        t5xxl=("text_encoder_2.",),
-    ),
-    "sdxl": _starts(_PEFT_UNET, clip_l=_PEFT_CLIP, clip_g=("text_encoder_2.text_model.", "text_encoder_2.")),
+    "flux": _starts(_PEFT_TRANSFORMER, clip_l=_PEFT_CLIP, t5xxl=("text_encoder_2.",)),
+    "sd3": _starts(_PEFT_TRANSFORMER, clip_l=_PEFT_CLIP, clip_g=_PEFT_CLIP_2, t5xxl=("text_encoder_3.",)),
+    "sdxl": _starts(_PEFT_UNET, clip_l=_PEFT_CLIP, clip_g=_PEFT_CLIP_2),
     "sd": _starts(_PEFT_UNET, clip=_PEFT_CLIP),
 }
 
 
 def _of_family(family: str) -> Iterator[Row]:
     version = "sd" if family in ("sd1", "sd2") else family
-    kohya, many = _KOHYA[version], version == "flux"
+    kohya, many = _KOHYA[version], version in ("flux", "sd3")
     encoders = {name: starts for name, starts in kohya.items() if name != DENOISER}
     once = _PLAIN if many else _ONE_ROTATION
     yield Row("kohya", family, kohya, "_", version != "sd", once, needs_alpha=True)

@@ -1,4 +1,4 @@
-"""Where the modules of adapters lie in checkpoints: names in adapter files -> keys of FLUX, SD and SDXL files.
+"""Where the modules of adapters lie in checkpoints: names in adapter files -> keys of FLUX, SD3, SD and SDXL files.
 
 Everything is found by names and shapes of a header; no model is built.
 """
@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from library.log import DataError
-from library.models import keymaps, keymaps_sd
+from library.models import keymaps, keymaps_sd, keymaps_sd3
 from library.models.keymaps import Recipe, Recipes, Rows, mapped_shapes
 from library.models.keymaps_sd import CLIP_PREFIXES, OPEN_CLIP_PREFIXES, Version
 from library.types import DENOISER
 from networks.base import encoder_component
-from networks.targets import FLUX, SD, SDXL, Part
+from networks.targets import FLUX, SD, SD3, SDXL, Part
 from networks.unet import UnetLayout
 
 Shapes = Mapping[str, "tuple[int, ...]"]
@@ -82,6 +82,30 @@ def clip_places(shapes: Shapes, prefix: str, component: str) -> dict[str, Place]
 def t5_places(shapes: Shapes) -> dict[str, Place]:
     """Of T5-XXL's encoder, `lora_te3_...`."""
     return _places(shapes, keymaps.t5_encoder(shapes), [FLUX.encoders[1]], encoder_component(1))
+
+
+def sd3_places(shapes: Shapes) -> dict[str, Place]:
+    """Of the transformer in an SD3 checkpoint in its own layout, and of the text encoders that lie beside it.
+
+    Errors: DataError when there is none.
+    """
+    recipes = keymaps_sd3.mmdit_from_file(shapes)
+    if "x_embedder.proj.weight" not in recipes:
+        raise DataError("no SD3 transformer in its own layout", "the model", code="E-MODEL-KIND")
+    found = _places(
+        shapes, recipes, [part for part in (SD3.denoiser, SD3.extras, _all_of(SD3.denoiser)) if part], DENOISER
+    )
+    for encoder in keymaps_sd3.ENCODERS:
+        if keymaps_sd3.embedded(shapes, encoder):
+            found |= sd3_encoder_places(shapes, encoder)
+    return found
+
+
+def sd3_encoder_places(shapes: Shapes, encoder: str) -> dict[str, Place]:
+    """Of `clip_l`, `clip_g` or `t5xxl` in a file of its own, or in an SD3 checkpoint."""
+    index = keymaps_sd3.ENCODERS.index(encoder)
+    recipes = keymaps_sd3.encoder_from_file(shapes, encoder)
+    return _places(shapes, recipes, [SD3.encoders[index]], encoder_component(index))
 
 
 def sd_version(shapes: Shapes) -> Version:

@@ -8,7 +8,7 @@ from torch import Tensor
 from networks import rotation_layouts
 from networks.layout_files import Adapter, Place
 from networks.layouts import FACTORS, LENGTHS, Row
-from networks.regrouping import sizes_of
+from networks.regrouping import are_halves, sizes_of
 from networks.rotation_layouts import Part
 from networks.scaling import PAIRS, Tensors, kind_of, scale_of
 
@@ -39,7 +39,7 @@ def _changes(units: list[Tensors | None], row: Row, place: Place) -> dict[int, T
     found = {index: delta(unit) for index, unit in enumerate(units) if unit is not None}
     if row.fused and count > 1:
         found = dict(enumerate(found[0].split_with_sizes(sizes_of(first, count))))
-    elif place[1].swapped and not row.fused:
+    elif place[1].swapped and not row.fused and are_halves(first):
         found = {0: torch.cat(found[0].chunk(2)[::-1])}
     return {index: change for index, change in found.items() if count == 1 or change.count_nonzero()}
 

@@ -101,6 +101,15 @@ LORA_FAMILIES = (
 """Beginnings of names, and what the file is for; the first that occurs counts."""
 
 
+MERGE_TOOLS: Mapping[str, str] = {
+    "SD 1.x or 2.x": "networks/merge_lora.py",
+    "SDXL": "networks/sdxl_merge_lora.py",
+    "FLUX": "networks/flux_merge_lora.py",
+    "SD3": "networks/sd3_merge_lora.py",
+}
+"""The tool that merges networks for each of these families."""
+
+
 def describe(tensors: Mapping[str, Tensor]) -> str:
     """What a file looks like, in words."""
     if not tensors:

@@ -243,15 +243,15 @@ def _agree(part: Tensors, rest: Tensors, name: str) -> bool:
 # halves in the other order
 
 
+def are_halves(tensors: Tensors) -> bool:
+    """Whether a layer has twice as many outputs as inputs."""
+    return rows_of(tensors) == 2 * inputs_of(tensors)
+
+
 def swapped(tensors: Tensors) -> Tensors:
     """The adapter of a layer whose halves of outputs have changed places. Errors: DataError for an odd number."""
     kind = kind_of(tensors)
-    if kind == "lokr":
-        names = [_factor(tensors, 1)[0]]
-    elif kind == "oft":
-        raise DataError("OFT of a layer whose outputs are in another order there", code="E-NETWORK-KIND")
-    else:
-        names = [up for up, _ in PAIRS[kind]]
+    names = [_factor(tensors, 1)[0]] if kind == "lokr" else [up for up, _ in PAIRS[kind]]
     if LENGTHS in tensors and tensors[LENGTHS].shape[0] == rows_of(tensors):
         names.append(LENGTHS)
     if any(tensors[name].shape[0] % 2 for name in names):

@@ -23,18 +23,17 @@ from networks import places, results, sums
 from networks.adapter_file import AdapterFile, same_family
 from networks.algebra import LowRank, Merged, Source
 from networks.blocks import BlockRatios
-from networks.reading import Rank
+from networks.flux_files import FLUX
+from networks.model_files import ToolFamily
+from networks.reading import MERGE_TOOLS, Rank
+from networks.sd3_files import SD3
 
 logger = get_logger(__name__)
 
 SD, XL = "SD 1.x or 2.x", "SDXL"
 """Families, as `reading.LORA_FAMILIES` calls them."""
-TOOLS: Mapping[str, str] = {
-    SD: "networks/merge_lora.py",
-    XL: "networks/sdxl_merge_lora.py",
-    "FLUX": "networks/flux_merge_lora.py",
-}
-"""The tool for each family."""
+TRANSFORMERS: Mapping[str, ToolFamily] = {family.known_as: family for family in (FLUX, SD3)}
+"""Families without a U-Net, whose networks are merged with each other here, too."""
 
 
 def merge(model: MergeModelOptions, options: MergeNetworksOptions, family: str, *, v2: bool = False) -> None:
@@ -115,7 +114,7 @@ class Wanted:
         """
         opened = [AdapterFile.open(path) for path in self.paths]
         common = same_family(opened)
-        if family is not None and common in TOOLS and common != family:
+        if family is not None and common in MERGE_TOOLS and common != family:
             raise _other_family(opened, family)
         if family == XL and aliases is None:
             opened = [file.renamed(_sdxl_names(file)) for file in opened]
@@ -151,10 +150,10 @@ class Wanted:
 
 
 def _other_family(files: Sequence[AdapterFile], family: str) -> DataError:
-    other = next(file for file in files if file.family in TOOLS and file.family != family)
+    other = next(file for file in files if file.family in MERGE_TOOLS and file.family != family)
     keys = ", ".join(other.key(module) for module in list(other)[:3])
     what = f"it is for {other.family}, not for {family}: {keys}"
-    return DataError(what, other.path, f"use {TOOLS[other.family]}", code="E-ADAPTER-FAMILY")
+    return DataError(what, other.path, f"use {MERGE_TOOLS[other.family]}", code="E-ADAPTER-FAMILY")
 
 
 def _sdxl_names(file: AdapterFile) -> dict[str, str]:
@@ -278,9 +277,9 @@ class NetworkFacts:
         def first(key: str) -> str | None:
             return next((values[key] for values in said if values.get(key)), None)
 
-        if family == "FLUX":
-            named = first("modelspec.architecture") or "flux-1-dev"
-            return cls(family, first("ss_base_model_version") or "flux1", named.partition("/")[0], False, False)
+        if known := TRANSFORMERS.get(family):
+            named = known.architecture_of_network(sources[0].file)
+            return cls(family, known.base_version(named), named, False, False)
         if family == XL:
             v_prediction = first("modelspec.prediction_type") == "v"
             version = first("ss_base_model_version") or "sdxl_base_v1-0"
@@ -304,7 +303,8 @@ class NetworkFacts:
             if any(module.is_window for module in merged.values()):
                 rank = svd.new_conv_rank or svd.new_rank
                 own["ss_network_args"] = f'{{"conv_dim": {rank}, "conv_alpha": {rank}}}'
-        module = "networks.lora_flux" if self.family == "FLUX" else "networks.lora"
+        known = TRANSFORMERS.get(self.family)
+        module = known.module if known else "networks.lora"
         inherited = sources[0].file.metadata
         values = results.network_metadata(inherited, sizes, module=module, base_model_version=self.base_model_version)
         return values | own

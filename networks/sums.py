@@ -133,16 +133,20 @@ def component_of(name: str) -> str:
     return next((part for start, part in COMPONENTS.items() if name.startswith(start)), DENOISER)
 
 
-WINDOWS = re.compile(r".*_(in_layers_2|out_layers_3|conv[12]?|0_op)")
-"""Names of the convolutions with 3 x 3 kernels."""
+WINDOWS: Mapping[int, re.Pattern[str]] = {
+    3: re.compile(r".*_(in_layers_2|out_layers_3|conv[12]?|0_op)"),
+    2: re.compile(r"lora_unet_x_embedder_proj"),
+}
+"""Names of convolutions, by the side of their kernels."""
 
 
 def _shape(shares: Sequence[Share]) -> tuple[int, ...]:
     """Of the weight; LoHa and LoKr may have it as a matrix only."""
     shapes = [shape for share in shares if (shape := share.source.file.weight_shape(share.name))]
     longest = max(shapes, key=len)
-    if len(longest) == 2 and WINDOWS.fullmatch(shares[0].name) and longest[1] % 9 == 0:
-        return (longest[0], longest[1] // 9, 3, 3)
+    side = next((side for side, names in WINDOWS.items() if names.fullmatch(shares[0].name)), 1)
+    if side > 1 and len(longest) == 2 and longest[1] % side**2 == 0:
+        return (longest[0], longest[1] // side**2, side, side)
     return longest
 
 

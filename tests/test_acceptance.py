@@ -109,15 +109,15 @@ class Fed:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tensors: dict[str, dict[str, Tensor]] = {}
-        compute = loop.batch_loss
+        prepare = loop.task_of
 
-        def noting(run: Any, batch: Any) -> loop.BatchLoss:
+        def noting(run: Any, batch: Any) -> loop.Task:
             inputs = {"latents": run.latents(batch), **run.cond(batch)}
             for row, name in enumerate(batch.names):
                 self.tensors[Path(name).name] = {key: tensor[row].clone() for key, tensor in inputs.items()}
-            return compute(run, batch)
+            return prepare(run, batch)
 
-        monkeypatch.setattr(loop, "batch_loss", noting)
+        monkeypatch.setattr(loop, "task_of", noting)
 
     def take(self) -> dict[str, dict[str, Tensor]]:
         """What was noted since the last time."""
@@ -414,13 +414,13 @@ def test_a16_all_orientations_of_a_picture_are_one_picture(
         exif[EXIF_ORIENTATION] = number
         turned.save(images / "1_thing" / f"{number}.png", exif=exif)
     seen: dict[str, Tensor] = {}
-    compute = loop.batch_loss
+    prepare = loop.task_of
 
-    def noting(run: Any, batch: Any) -> loop.BatchLoss:
+    def noting(run: Any, batch: Any) -> loop.Task:
         seen[Path(batch.names[0]).name] = batch.pixels[0]
-        return compute(run, batch)
+        return prepare(run, batch)
 
-    monkeypatch.setattr(loop, "batch_loss", noting)
+    monkeypatch.setattr(loop, "task_of", noting)
     make_cell("lora, nothing cached")("--max_train_epochs", "1", "--allow_missing_captions")
     assert len(seen) == 8
     assert all(pixels.equal(seen["1.png"]) for pixels in seen.values())

@@ -136,15 +136,15 @@ class Fed:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tensors: dict[str, dict[str, Tensor]] = {}
-        compute = loop.batch_loss
+        prepare = loop.task_of
 
-        def noting(run: Any, batch: Any) -> loop.BatchLoss:
+        def noting(run: Any, batch: Any) -> loop.Task:
             inputs = {"latents": run.latents(batch), **run.cond(batch)}
             for row, name in enumerate(batch.names):
                 self.tensors[Path(name).name] = {key: tensor[row].clone() for key, tensor in inputs.items()}
-            return compute(run, batch)
+            return prepare(run, batch)
 
-        monkeypatch.setattr(loop, "batch_loss", noting)
+        monkeypatch.setattr(loop, "task_of", noting)
 
     def take(self) -> dict[str, dict[str, Tensor]]:
         found, self.tensors = self.tensors, {}

@@ -125,13 +125,13 @@ class Seen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[Any] = []
-        compute = loop.batch_loss
+        prepare = loop.task_of
 
-        def noting(run: Any, batch: Any) -> loop.BatchLoss:
+        def noting(run: Any, batch: Any) -> loop.Task:
             self.batches.append(batch)
-            return compute(run, batch)
+            return prepare(run, batch)
 
-        monkeypatch.setattr(loop, "batch_loss", noting)
+        monkeypatch.setattr(loop, "task_of", noting)
 
     def take(self) -> list[tuple[Any, ...]]:
         """What was noted since the last time, in a form that can be compared."""

@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState
 from library.data import config
 from library.files import save_safetensors
 from library.log import UserError
+from library.models.keymaps_sd3 import ENCODERS
 from library.models.refiner import LatentRefiner
 from library.option_docs import renew
 from library.option_groups import (
@@ -34,7 +35,10 @@ from library.option_groups import (
     FLUX_TRAIN_NETWORK,
     LATENT_UPSCALER,
     LORA_INTERROGATOR,
+    MERGE_SD3_SAFETENSORS,
     SCRIPTS,
+    SD3_EXTRACT_LORA,
+    SD3_MERGE_LORA,
     SDXL_MINIMAL_INFERENCE,
     SDXL_TRAIN,
     SDXL_TRAIN_NETWORK,
@@ -43,7 +47,7 @@ from library.option_groups import (
 )
 from library.option_types import Script
 from library.options import parse
-from tests import tiny_sd
+from tests import tiny_sd, tiny_sd3
 from tests.cells import write_images
 from tests.cells_sd import write_models
 from tests.networks.test_flux_tools import diffusers_folder
@@ -160,7 +164,7 @@ class Tiny:
         base = {name: self.values[name] for name in (*models.keys() - {"flux", "tokenizers"}, "dataset_config")}
         base |= {"pretrained_model_name_or_path": str(models["flux"]), "network_module": "networks.lora_flux"}
         base |= {"output_dir": self.values["output_dir"], "output_name": "my_cat"}
-        self.own = tools_for_networks(folder) | write_for_image_tools(folder, images)
+        self.own = tools_for_networks(folder) | write_for_image_tools(folder, images) | write_for_sd3_tools(folder)
         write_for_sd_tools(folder, models["tokenizers"])
         self.config = self._write("my_cat.toml", base)
         shared = {name: base[name] for name in ("dataset_config", "output_dir")}
@@ -229,6 +233,24 @@ def write_for_image_tools(folder: Path, images: Path) -> dict[str, dict[str, str
         CANNY.name: {"input": str(next(images.glob("*.png")))},
         LATENT_UPSCALER.name: {"vae_path": str(tiny_sd.write_single(folder / "with_vae.safetensors", "1"))},
     }
+
+
+def write_for_sd3_tools(folder: Path) -> dict[str, dict[str, str]]:
+    """The files that the page on tools for SD3 names."""
+    own = {name: str(tiny_sd3.write_encoder(folder / f"sd3_{name}.safetensors", name)) for name in ENCODERS}
+    own |= {"vae": str(tiny_sd3.write_vae(folder / "sd3_vae.safetensors"))}
+    base = tiny_sd3.mmdit("5-medium").state_dict()
+    save_safetensors(base, folder / "sd3.5_medium.safetensors")
+    key = "joint_blocks.0.x_block.attn.proj.weight"
+    save_safetensors({**base, key: base[key] + torch.ones(128, 128)}, folder / "sd3_tuned.safetensors")
+    sizes = {"lora_unet_joint_blocks_0_x_block_attn_proj": 128}
+    sizes |= {f"lora_te{n}_text_model_encoder_layers_0_self_attn_q_proj": size for n, size in ((1, 32), (2, 64))}
+    for name in ("sd3_cat", "sd3_style"):
+        tensors = {f"{module}.lora_down.weight": torch.ones(4, size) for module, size in sizes.items()}
+        tensors |= {f"{module}.lora_up.weight": torch.ones(size, 4) for module, size in sizes.items()}
+        save_safetensors(tensors, folder / f"{name}.safetensors")
+    model = {"model_org": "sd3.5_medium.safetensors"}
+    return {MERGE_SD3_SAFETENSORS.name: own, SD3_MERGE_LORA.name: own, SD3_EXTRACT_LORA.name: model}
 
 
 def write_for_sd_tools(folder: Path, tokenizers: Path) -> None:

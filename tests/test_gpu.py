@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,9 +13,16 @@ from library import devices
 from library.models import memory
 from library.models.activations import Amount, Numerics, Training
 from library.models.ledger_flux import FluxActivations
+from library.recording import Recorder
+from library.train import graphs
+from library.train.loop import BatchLoss
 from tests import tiny
-from tests.cells import CELLS, MakeCell
+from tests.cells import CELLS, MakeCell, write_images
+from tests.cells_sd import CACHED, LORA, SIZES, SdCell, write_models
 from tests.flux_steps import Case, Trained
+from tests.test_memory_options import _any_precision
+
+__all__ = ["_any_precision"]
 
 pytestmark = pytest.mark.gpu
 
@@ -84,3 +95,75 @@ def test_a_step_takes_what_was_foreseen(rank: int, every: int) -> None:
     before = devices.peak_memory(device)
     trained.backward()
     assert devices.peak_memory(device) - before == pytest.approx(foreseen, rel=0.1)
+
+
+@pytest.fixture
+def sdxl_cell(tmp_path: Path) -> Callable[..., SdCell]:
+    """LoRA for SDXL, by the name of the output folder."""
+    models, images = write_models(tmp_path), write_images(tmp_path / "images" / "3_thing", SIZES).parent
+    more = (*LORA, *CACHED, "--network_train_unet_only", "--mixed_precision", "bf16")
+
+    def make(folder: str) -> SdCell:
+        script = "sdxl_train_network"
+        return SdCell(script, models["sdxl"], models["tokenizers"], images, tmp_path / folder, more)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--gradient_checkpointing",), ("--network_dropout", "0.1"), ("--gradient_accumulation_steps", "2")],
+    ids=["plain", "recomputed", "dropouts", "several batches"],
+)
+def test_recorded_batches_train_the_same(
+    sdxl_cell: Callable[..., SdCell],
+    more: tuple[str, ...],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if devices.best_device().type != "cuda":
+        pytest.skip("recordings are for CUDA")
+    repeated, repeat = [], graphs.Recorded._repeat
+
+    def noting(self: graphs.Recorded, *arguments: Any) -> BatchLoss:
+        repeated.append(1)
+        return repeat(self, *arguments)
+
+    monkeypatch.setattr(graphs.Recorded, "_repeat", noting)
+    plain, recorded = sdxl_cell("plain"), sdxl_cell("recorded")
+    plain("--max_train_steps", "30", *more)
+    recorded("--max_train_steps", "30", "--cuda_graphs", *more)
+    assert len(repeated) >= 20
+    assert "nothing is recorded" not in caplog.text
+    for name, tensor in plain.weights().items():
+        torch.testing.assert_close(recorded.weights()[name], tensor, rtol=1e-2, atol=1e-4)
+
+
+def test_a_recording_that_fails_leaves_the_device_as_it_was() -> None:
+    device = devices.best_device()
+    if device.type != "cuda":
+        pytest.skip("recordings are for CUDA")
+    recorder, weight = Recorder(device), torch.ones(4, device=device, requires_grad=True)
+
+    def doubled() -> torch.Tensor:
+        return (weight.detach() * 2).clone()
+
+    def waits() -> float:
+        return float((weight * 2).sum())
+
+    assert recorder.rehearse(doubled)[1] == ""
+    assert "waits" in recorder.rehearse(waits)[1]
+    before = torch.get_device_module(device).get_rng_state()
+    with pytest.raises(RuntimeError):
+        recorder.record(waits)
+    assert torch.equal(before, torch.get_device_module(device).get_rng_state())
+    torch.rand(2, device=device)
+    (weight * 3).sum().backward()
+    devices.release_memory()
+    repeat, result = recorder.record(doubled)
+    repeat()
+    assert result.tolist() == [2.0] * 4
+    with torch.no_grad():
+        weight.fill_(5.0)
+    repeat()
+    assert result.tolist() == [10.0] * 4

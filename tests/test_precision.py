@@ -22,7 +22,7 @@ from library.methods.rates import Rate
 from library.models.memory import checkpoint_blocks
 from library.models.quantized import store_linears
 from library.randomness import Draws
-from library.train.loop import batch_loss
+from library.train.loop import loss_of, task_of
 from library.types import Batch, Cond, Models, Size
 from networks import lora_flux
 from tests import tiny
@@ -182,7 +182,7 @@ def test_objective_and_loss_are_float32_whatever_the_model_computes_in(family: F
         original_sizes=[size, size],
         crops=[(0, 0), (0, 0)],
     )
-    loss = batch_loss(run, batch).share
+    loss = loss_of(run, task_of(run, batch)).share
     assert {tensor.dtype for tensor in [*seen, loss]} == {torch.float32}
     noised = family.objective().noise(latents, Draws(batch.draws))
     assert torch.equal(seen[0], noised.input)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from library.devices import send
 from library.families.clip_text import ClipTokenizing
 from library.families.sd3_files import Sd3Model
 from library.families.sd_text import OPEN_CLIP_PAD
@@ -19,6 +20,7 @@ from library.families.tokenizers import CLIP_L as CLIP_L_TOKENIZER
 from library.families.tokenizers import OPEN_CLIP_G, T5_XXL, load_tokenizer
 from library.findings import of_error, warning
 from library.log import UserError
+from library.metadata import sd3_architecture
 from library.models import autoencoder, loading, positions, t5
 from library.models.keymaps import PROJECTION
 from library.models.keymaps_sd3 import CLIP_G, CLIP_L, T5
@@ -194,7 +196,7 @@ class Sd3:
 
     def architecture(self) -> str:
         """`modelspec.architecture` of the base model."""
-        return f"stable-diffusion-3-{self.config.variant}"
+        return sd3_architecture(self.config.variant)
 
     def modelspec(self) -> dict[str, Any]:
         """Nothing more."""
@@ -390,7 +392,7 @@ class Sd3:
         numbers = [draws.uniform_scalars(Stream.POSITIONS + number) for number in range(3)]
         at_random = (torch.stack(numbers[1:], dim=1) * (room + 1)).long()
         moved = (numbers[0] < self.settings.random_crop_rate)[:, None]
-        return _sent(torch.where(moved, at_random, room // 2), draws)
+        return send(torch.where(moved, at_random, room // 2), draws.device)
 
     def _table_side(self, rows: int, columns: int) -> int:
         if not self.settings.scaled_positions:
@@ -472,10 +474,4 @@ def _up_to_end(ids: Tensor, eos: int) -> Tensor:
 
 def _chances(draws: Draws, stream: int, rate: float) -> Tensor:
     """(B,) boolean, on the device: what happens at that rate."""
-    return _sent(draws.uniform_scalars(stream) < rate, draws)
-
-
-def _sent(tensor: Tensor, draws: Draws) -> Tensor:
-    """On the device of the draws, without waiting."""
-    device = torch.device(draws.device)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    return send(draws.uniform_scalars(stream) < rate, draws.device)

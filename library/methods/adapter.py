@@ -17,7 +17,7 @@ from library.methods import plugins, preservation
 from library.methods.base import Method, ParamGroup, broadcast, require_something
 from library.methods.rates import Rate, Rates
 from library.option_groups import MemoryOptions, NetworkOptions, PrecisionOptions
-from library.types import DENOISER
+from library.types import DENOISER, Chance
 
 if TYPE_CHECKING:
     import torch
@@ -293,6 +293,11 @@ class Adapter(Method):
         self.network.train(training)
         if training and hasattr(self.network, "on_epoch_start"):
             self.network.on_epoch_start(*self._parts)
+
+    def chance(self) -> Chance:
+        """As the network says; those of other packages can't be asked."""
+        ask = getattr(self.network, "chance", None)
+        return Chance.HOST if ask is None else ask()
 
     def before_batch(self, batch: Batch) -> None:
         """Tells the network that a micro-step begins, and sets the strength that the batch's dataset wants."""

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from library.log import UserError
+from library.types import Chance
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -131,6 +132,10 @@ class Method(ABC):
         """Switches what is trained between training and evaluation (previews)."""
 
     # hooks
+
+    def chance(self) -> Chance:
+        """Where random numbers are drawn when the denoiser computes, with all that is attached to it."""
+        return Chance.NOWHERE
 
     def before_batch(self, batch: Batch) -> None:  # noqa: B027
         """Called before each batch is computed."""

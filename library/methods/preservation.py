@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library import devices
 from library.types import Finding
 
 if TYPE_CHECKING:
@@ -44,12 +45,11 @@ def without(network: Any, multiplier: float) -> Iterator[None]:
 
 def with_base_target(noised: Noised, chosen: Sequence[int], cond: Cond, answer: Answer) -> Noised:
     """The task with other targets for the chosen samples: what the model answers now; only they are computed."""
-    some = {name: tensor[list(chosen)] for name, tensor in cond.items()}
+    rows = devices.send(torch.tensor(chosen), noised.input.device)
+    some = {name: tensor.index_select(0, rows) for name, tensor in cond.items()}
     with torch.no_grad():
-        base = answer(noised.rows(chosen), some)
-    target = noised.target.clone()
-    target[list(chosen)] = base.to(target.dtype)
-    return replace(noised, target=target)
+        base = answer(noised.rows(rows), some)
+    return replace(noised, target=noised.target.index_copy(0, rows, base.to(noised.target.dtype)))
 
 
 def findings(subsets: Iterable[tuple[str, Mapping[str, object]]], method: Method | type[Method]) -> Iterator[Finding]:

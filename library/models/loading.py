@@ -125,6 +125,11 @@ def filled(build: Callable[[], Model], tensors: Mapped, shapes: Shapes, filling:
     return _fill(_empty(build), tensors, shapes, filling)
 
 
+def require_whole(build: Callable[[], nn.Module], shapes: Shapes) -> None:
+    """Errors: DataError when tensors of these names and shapes aren't those of the model that `build` makes."""
+    _compare({names[0]: tuple(tensor.shape) for names, tensor in _tensors_of(_empty(build))}, shapes)
+
+
 def header_of(path: Path | str, role: str, option: str) -> Header:
     """Names, shapes and metadata of a model (a key of `detect.ROLES`), names as in its files; nothing else is read."""
     found = joint_header(locate(path, option, ROLES[role].folders), option)
@@ -202,12 +207,9 @@ class Filling:
 
 def _fill(model: Model, tensors: Mapped, shapes: Shapes, filling: Filling) -> Model:
     """The model with the tensors in place of its empty ones; aliases of one tensor stay one."""
-    aliases: dict[int, list[str]] = {}
-    empty: Mapping[str, Tensor] = model.state_dict(keep_vars=True)  # parameters, and buffers that files hold
-    for name, tensor in empty.items():
-        aliases.setdefault(id(tensor), []).append(name)
-    places = {names[0]: names for names in aliases.values()}
-    _compare({name: tuple(empty[name].shape) for name in places}, shapes)
+    empty = {names[0]: tensor for names, tensor in _tensors_of(model)}
+    places = {names[0]: names for names, _ in _tensors_of(model)}
+    _compare({name: tuple(tensor.shape) for name, tensor in empty.items()}, shapes)
     missing = Counter(name.rpartition(".")[0] for names in places.values() for name in names)
     for name in tensors:
         if not (filling.keep_float8 and _adopted(model, name, tensors, filling)):
@@ -223,6 +225,14 @@ def _fill(model: Model, tensors: Mapped, shapes: Shapes, filling: Filling) -> Mo
             if owner and filling.finished is not None and not missing[owner]:
                 filling.finished(owner, model.get_submodule(owner))
     return model
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
+    """Parameters, and buffers that files hold, with all the names that each has."""
+    named: dict[int, tuple[list[str], Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        named.setdefault(id(tensor), ([], tensor))[0].append(name)
+    yield from named.values()
 
 
 def _adopted(model: nn.Module, name: str, tensors: Mapped, filling: Filling) -> bool:

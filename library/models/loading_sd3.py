@@ -6,7 +6,7 @@ its own is taken from there, whatever the checkpoint holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from library.files import Header
 from library.log import DataError, get_logger
-from library.models import clip, keymaps, t5
+from library.models import clip, keymaps, loading, t5
 from library.models import keymaps_sd3 as names
 from library.models.checkpoints_sd import OPTION, Part
 from library.models.detect import ROLES, refusal
@@ -150,6 +150,26 @@ def load_vae(files: Sd3Files, dtype: torch.dtype | None = None, device: torch.de
         return filled(lambda: build_vae(part.shapes), tensors, part.shapes, Filling(dtype, device))
 
 
+def require_whole(part: Part, name: str) -> None:
+    """Errors: DataError when tensors of a part are missing, or there are others. Only headers are read."""
+    shapes = part.shapes
+    builders: Mapping[str, Callable[[], nn.Module]] = {
+        DENOISER: lambda: MMDiT(MMDiTConfig.from_shapes(shapes)),
+        VAE: lambda: build_vae(shapes),
+        T5: lambda: t5.build_t5(shapes),
+    }
+    build = builders.get(name, lambda: clip.build_clip(shapes, "gelu"))
+    try:
+        if name in (CLIP_L, CLIP_G):
+            with torch.device("meta"):
+                recipes = clip.clip_keys(build(), shapes)
+        else:
+            recipes = same(shapes)
+        loading.require_whole(build, mapped_shapes(shapes, recipes))
+    except DataError as error:
+        raise DataError(error.what, part.where, error.hint, code=error.code) from None
+
+
 @contextmanager
 def single_file(
     files: Sd3Files,
@@ -173,11 +193,11 @@ def single_file(
                 state = trained[name].state_dict()
                 if name in (CLIP_L, CLIP_G):
                     state = {clip.file_name(key): tensor for key, tensor in state.items()}
-                joined.add(state, _file_layout(name, state), _prefix(name), dtype)
+                joined.add(state, _file_layout(name, state), prefix_of(name), dtype)
             elif part := _at_hand(files, name):
                 tensors = stack.enter_context(part.opened())
                 recipes = keymaps.chained(part.recipes, _file_layout(name, part.shapes))
-                joined.add(tensors.source, recipes, _prefix(name), dtype)
+                joined.add(tensors.source, recipes, prefix_of(name), dtype)
         yield joined
 
 
@@ -210,6 +230,7 @@ def _identity(norm: Tensor) -> Tensor:
     return torch.eye(len(norm), dtype=norm.dtype, device=norm.device)
 
 
-def _prefix(name: str) -> str:
+def prefix_of(name: str) -> str:
+    """What the names of a part begin with in a single file."""
     prefixes = {DENOISER: names.MMDIT_PREFIXES[0], VAE: keymaps.VAE_PREFIXES[0]}
     return prefixes.get(name, names.ENCODER_PREFIX.format(name))

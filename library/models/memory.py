@@ -32,7 +32,7 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
         yield from child if isinstance(child, nn.ModuleList) else blocks(child)
 
 
-def checkpoint_blocks(model: nn.Module, every: int = 1, *, offload: bool = False) -> None:
+def checkpoint_blocks(model: nn.Module, every: int = 1, *, offload: bool = False, draws: bool = True) -> None:
     """Let each `every`-th block keep only its inputs for the backward pass and run forward again there.
 
     Results of products that are much narrower than what goes in, such as those of the last layer of an MLP, are kept,
@@ -41,12 +41,14 @@ def checkpoint_blocks(model: nn.Module, every: int = 1, *, offload: bool = False
 
     Args:
         offload: keep the inputs, and nothing else, in main memory meanwhile.
+        draws: whether a block draws random numbers, which are to be the same in the second pass. Generators are left
+            alone otherwise, which takes less time, and is all that work can bear that is being recorded.
     """
     waiting = Offload() if offload else None
     for index, block in enumerate(blocks(model)):
         if index % every:
             continue
-        block.forward = _recomputed(block.forward, waiting)
+        block.forward = _recomputed(block.forward, waiting, draws)
         for layer in block.modules():
             if _keeps_its_product(layer):
                 layer.forward = partial(_narrow, layer)
@@ -61,15 +63,17 @@ def _keeps_its_product(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and "forward" not in layer.__dict__ and is_narrow(*layer.weight.shape)
 
 
-def _recomputed(forward: Callable[..., Any], offload: Offload | None) -> Callable[..., Any]:
+def _recomputed(forward: Callable[..., Any], offload: Offload | None, draws: bool) -> Callable[..., Any]:
+    recompute = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=draws)
+
     def run(*inputs: Any, **named: Any) -> Any:
         with without_cast_cache():
             if not torch.is_grad_enabled():
                 return forward(*inputs, **named)
             if offload is None:
-                return checkpoint(forward, *inputs, use_reentrant=False, context_fn=_two_passes, **named)
+                return recompute(*inputs, context_fn=_two_passes, **named)
             with offload.of_inputs(inputs):
-                return checkpoint(forward, *inputs, use_reentrant=False, **named)
+                return recompute(*inputs, **named)
 
     return run
 

@@ -18,6 +18,7 @@ from library.option_groups import (
     MemoryOptions,
     NetworkOptions,
     NoiseOptions,
+    OffloadOptions,
     OptimizerOptions,
     PrecisionOptions,
     SampleOptions,
@@ -44,8 +45,8 @@ _LONG = 10**9
 def check(options: Options) -> list[Finding]:
     """All that is found; `where` is the flag of the option."""
     checks = (
-        *(_check_precision, _check_optimizer, _check_swapping, _check_trackers, _check_saving, _check_hub),
-        *(_check_network, _check_noise, _check_tokens, idle_options),
+        *(_check_precision, _check_optimizer, _check_swapping, _check_graphs, _check_trackers, _check_saving),
+        *(_check_hub, _check_network, _check_noise, _check_tokens, idle_options),
     )
     return [finding for check in checks for finding in check(options)]
 
@@ -108,6 +109,29 @@ def _check_swapping(options: Options) -> Iterator[Finding]:
     if memory.torch_compile and memory.dynamo_backend == "cudagraphs":
         what = "weights of swapped blocks change their place, which recorded graphs can't follow"
         yield error(what, "--dynamo_backend cudagraphs", "leave it out, or --blocks_to_swap")
+
+
+def _check_graphs(options: Options) -> Iterator[Finding]:
+    memory = _group(options, MemoryOptions)
+    if memory is None or not options.has(OptimizerOptions):
+        return
+    if memory.cuda_graphs and (cause := against_graphs(options)) is not None:
+        yield warning(f"nothing is recorded: {cause}", "--cuda_graphs")
+
+
+def against_graphs(options: Options) -> str | None:
+    """Why the other options don't go with `--cuda_graphs`, in words; None: they do."""
+    optimizer, memory, offload = options[OptimizerOptions], options[MemoryOptions], options[OffloadOptions]
+    offloads = memory.gradient_checkpointing and offload.cpu_offload_checkpointing
+    in_backward = optimizer.fused_backward_pass or cut_of(options) is not None
+    records_itself = memory.torch_compile and memory.dynamo_backend == "cudagraphs"
+    causes = (
+        (swap_of(options, 2) > 0, "weights of swapped blocks change their place"),
+        (in_backward, "weights are stepped during the backward pass"),
+        (offloads, "activations travel to main memory (--cpu_offload_checkpointing)"),
+        (records_itself, "--dynamo_backend cudagraphs records by itself"),
+    )
+    return next((cause for applies, cause in causes if applies), None)
 
 
 def check_rates(options: Options) -> Iterator[Finding]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from library import devices
 from library.log import get_logger
 from library.randomness import Draws
-from library.train.ranks import PINNING, Later
+from library.train.ranks import Later
 from library.types import Batch, Cond, Models, Posterior
 
 if TYPE_CHECKING:
@@ -42,9 +43,7 @@ class Conditions:
 
     def _sizes(self, batch: Batch) -> Cond:
         sizes = self.family.size_cond(batch.original_sizes, batch.crops, batch.size)
-        if self.device.type in PINNING:
-            sizes = {name: tensor.pin_memory() for name, tensor in sizes.items()}
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in sizes.items()}
+        return {name: devices.send(tensor, self.device) for name, tensor in sizes.items()}
 
     def of_prompt(self, prompt: str) -> Cond:
         """The text outputs of one prompt, on the device."""
@@ -98,9 +97,7 @@ def encode_images(family: Family, vae: torch.nn.Module, pixels: Tensor) -> Poste
 def sampled(posterior: Posterior, seeds: Sequence[int]) -> Tensor:
     """Latents (B, C, h, w), each drawn with its own seed."""
     device = posterior.mean.device
-    noise = Draws(seeds).posterior(posterior.mean.shape[1:])
-    noise = (noise.pin_memory() if device.type in PINNING else noise).to(device, non_blocking=True)
-    return posterior.sample(noise)
+    return posterior.sample(devices.send(Draws(seeds).posterior(posterior.mean.shape[1:]), device))
 
 
 def _encoded(family: Family, vae: torch.nn.Module, pixels: Tensor) -> Posterior:

@@ -13,7 +13,7 @@ import torch
 from library.log import UserError, get_logger
 from library.randomness import Draws, mix
 from library.train import watch
-from library.train.loop import Run, sample_losses
+from library.train.loop import Run, sample_losses, targeted
 from library.train.ranks import Ranks
 from library.train.rng import rng_untouched
 from library.train.state import RunState
@@ -189,5 +189,5 @@ def _losses(run: Run, batch: Batch, levels: Sequence[float]) -> Tensor:
     for number, level in enumerate(levels):
         draws = Draws([mix(seed, number) for seed in batch.draws], device)
         noised = run.objective.noise_at(latents, torch.full((len(batch.names),), level, device=device), draws)
-        losses.append(sample_losses(run, batch, noised, cond))
+        losses.append(sample_losses(run, targeted(run, batch, noised, cond), cond, batch.mask))
     return torch.stack(losses)

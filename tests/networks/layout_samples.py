@@ -18,12 +18,12 @@ RANK = 3
 
 
 def places(family: str) -> Iterator[tuple[str, Module]]:
-    """Some modules of each component; of FLUX all kinds of layers."""
+    """Some modules of each component; of FLUX and SD3 all kinds of layers."""
     for component, modules in COMPONENTS[family].items():
         found = modules(2)
         if component != DENOISER:
             found = [module for module in found if ".1." in module.own]
-        elif family == "flux":
+        elif family in ("flux", "sd3"):
             found = [m for m in found if ".1." in m.own or "blocks" not in m.own]
         else:
             found = [m for m in found if ".1.transformer_blocks.0.attn1." in m.own or "1.0.in_layers.2" in m.own][:10]
@@ -33,7 +33,7 @@ def places(family: str) -> Iterator[tuple[str, Module]]:
 
 def outputs(module: Module, layer: int | None = None) -> int:
     """The outputs of a layer, or of all that are one."""
-    sizes = [WIDTH] * 3 + [MLP] if len(module.diffusers) > 1 else [WIDTH]
+    sizes = [WIDTH] * 3 + [MLP] if len(module.diffusers) > 1 else [2 * WIDTH if module.swapped else WIDTH]
     sizes = sizes[: len(module.diffusers)]
     return sum(sizes) if layer is None else sizes[layer]
 

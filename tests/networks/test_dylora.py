@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.log import DataError, UserError
-from library.types import DENOISER
+from library.types import DENOISER, Chance
 from networks import dylora, lora
 from networks.base import Network
 from networks.dylora import NestedAdapter
@@ -50,6 +50,7 @@ def expected(made: NestedAdapter, x: Tensor, ranks: int) -> Tensor:
 def test_in_training_the_first_ranks_count_and_the_last_of_them_learn(make) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     made, x = adapter(module := make()).train(), inputs(module)
+    assert made.chance is Chance.HOST
     seen: Counter[int] = Counter()
     for seed in range(40):
         torch.manual_seed(seed)

@@ -20,7 +20,7 @@ from library.methods.adapter import Adapter
 from library.methods.base import trained_table
 from library.methods.rates import Rates
 from library.option_groups import FLUX_TRAIN_NETWORK
-from library.types import Batch, Models
+from library.types import Batch, Chance, Models
 from networks.lora_flux import create_network
 from tests.networks import tiny_models
 
@@ -228,6 +228,21 @@ def test_unknown_modules_are_named() -> None:
 # plug-ins of others
 
 
+@pytest.mark.parametrize(
+    ("words", "chance"),
+    [
+        ((), Chance.NOWHERE),
+        (("--network_dropout", "0.1"), Chance.DEVICE),
+        (("--network_args", "rank_dropout=0.1"), Chance.DEVICE),
+        (("--network_args", "module_dropout=0.1", "rank_dropout=0.1"), Chance.HOST),
+    ],
+)
+def test_where_numbers_are_drawn_is_known(words: tuple[str, ...], chance: Chance) -> None:
+    method = adapter("--network_train_unet_only", *words)
+    method.attach(models())
+    assert method.chance() is chance
+
+
 class OldNetwork(nn.Module):
     """What the protocol was years ago: one rate for all text encoders, no descriptions, nothing optional."""
 
@@ -295,6 +310,12 @@ def test_an_old_plugin_works(old_plugin: str, tmp_path: Path, caplog: pytest.Log
     method.save(tmp_path / "n.safetensors", None, {"a": "b"})
     assert json.loads((tmp_path / "n.safetensors").read_text("utf-8")) == {"a": "b"}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_foreign_networks_may_do_anything_by_chance(old_plugin: str) -> None:
+    method = adapter("--network_train_unet_only", module=old_plugin)
+    method.attach(models())
+    assert method.chance() is Chance.HOST
 
 
 def test_a_plugin_hears_of_every_micro_step(old_plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from library.models import memory
 from library.objectives import Flow, FlowSettings
 from library.option_groups import FLUX_TRAIN_NETWORK
 from library.randomness import Draws
-from library.train.loop import sample_losses
+from library.train.loop import sample_losses, targeted
 from library.types import Batch, Cond, Models, Noised, Size
 from tests.networks import tiny_models
 
@@ -101,7 +101,7 @@ class Trained:
         torch.manual_seed(5)
         made = batch(attributes, multiplier)
         self.method.before_batch(made)
-        return sample_losses(self.run, made, self.noised, TEXT)
+        return sample_losses(self.run, targeted(self.run, made, self.noised, TEXT), TEXT, None)
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
         loss.backward()
@@ -120,7 +120,7 @@ def test_the_target_is_the_answer_of_the_base_model(prediction: str) -> None:
     answer = made.family.predict(made.base, made.noised.input, made.noised.timesteps, TEXT)
     expected = made.objective.estimate(answer, made.noised)
     assert torch.allclose(made.targets[0].target[1], expected[1], atol=1e-5)
-    assert made.family.asked[:2] == [(3, True), (1, False)]
+    assert made.family.asked[:2] == [(1, False), (3, True)]
     plain = made.losses([{}, {}, {}])
     assert torch.equal(losses[[0, 2]], plain[[0, 2]])
     assert losses[1] != plain[1]
@@ -147,7 +147,7 @@ def test_a_network_that_does_nothing_has_nothing_to_learn_from_it() -> None:
                 parameter.zero_()
     losses = made.losses([MARKED, MARKED, MARKED])
     assert torch.allclose(losses, torch.zeros(3), atol=1e-10)
-    assert made.family.asked == [(3, True), (3, False)]
+    assert made.family.asked == [(3, False), (3, True)]
 
 
 @pytest.mark.parametrize("multiplier", [1.0, 0.5])

@@ -87,6 +87,26 @@ def test_narrow_products_are_made_once_and_wide_ones_twice(adapted: bool, monkey
     assert products.count((448, 64)) == 2
 
 
+def test_generators_are_set_back_only_for_blocks_that_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    ask = torch.get_rng_state
+
+    def noting() -> Tensor:
+        asked.append(1)
+        return ask()
+
+    monkeypatch.setattr(torch, "get_rng_state", noting)
+    found = []
+    for draws in (True, False):
+        model = tiny.flux_model(double=1, single=1)
+        checkpoint_blocks(model, draws=draws)
+        found.append(gradients(model))
+        assert bool(asked) is draws
+        asked.clear()
+    kept, left = found
+    assert all(torch.equal(left[name], gradient) for name, gradient in kept.items())
+
+
 def test_a_graph_that_is_dropped_takes_all_that_was_kept_with_it() -> None:
     layer = nn.Linear(8, 2)
     model = nn.Sequential(nn.ModuleList([nn.Sequential(layer)]))

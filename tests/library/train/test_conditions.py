@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from library.families.sdxl import Sdxl
 from library.train.conditions import Conditions, encode_images
 from library.types import Batch, Models, Posterior, Size
 
@@ -24,7 +25,7 @@ class Vae(nn.Module):
 class Family:
     """Encodes with the convolution alone."""
 
-    traits = SimpleNamespace(latent_scale=0.5)
+    traits = replace(Sdxl.traits, latent_scale=0.5)
 
     def __init__(self) -> None:
         self.types: list[torch.dtype] = []
