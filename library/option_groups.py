@@ -1881,6 +1881,56 @@ SDXL_MINIMAL_INFERENCE = Script(
     groups=(SdxlInferenceOptions,),
 )
 
+# image generation with SD3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sd3InferenceOptions:
+    """Image generation with SD3."""
+
+    ckpt_path: str = option(required=True, path=True, help="SD3 or SD3.5 model, a file or a Diffusers folder")
+    clip_l: str | None = option(path=True, help="CLIP-L text encoder; needed where the model holds none")
+    clip_g: str | None = option(path=True, help="CLIP-G text encoder; needed where the model holds none")
+    t5xxl: str | None = option(path=True, help="T5-XXL text encoder; without any its part of the text is left empty")
+    vae: str | None = option(path=True, help="autoencoder; needed where the model holds none")
+    do_not_use_t5xxl: bool = option(False, help="leave T5's part of the text empty, even if there is a T5")
+    t5xxl_token_length: int = option(
+        77, help="tokens for T5; for a model trained with 256, which is the trainers' default, give that", least=1
+    )
+    apply_lg_attn_mask: bool = option(False, help="hide padding tokens from CLIP-L and CLIP-G")
+    apply_t5_attn_mask: bool = option(False, help="hide padding tokens from T5")
+    prompt: str = option("A photo of a cat", help="what to show; several words in quotes")
+    negative_prompt: str = option("", help="what not to show")
+    output_dir: str = option(".", help="folder for the images")
+    width: int = option(1024, help="width in pixels, rounded to a multiple of 16", least=1)
+    height: int = option(1024, help="height in pixels, rounded to a multiple of 16", least=1)
+    steps: int = option(50, help="number of steps", least=1, most=1000)
+    seed: int = option(1, help="number that decides the image", least=-(2**63), most=2**64 - 1)
+    cfg_scale: float = option(5.0, help="guidance towards the prompt and away from --negative_prompt; 1 is off")
+    fp16: bool = option(False, help="compute in float16 instead of float32; the autoencoder stays in float32")
+    bf16: bool = option(False, help="compute in bfloat16 instead of float32")
+    mmdit_dtype: str | None = option(help="type of the transformer instead", example="fp8")
+    t5xxl_dtype: str | None = option(help="type of T5 instead", example="fp8")
+    vae_dtype: str | None = option(help="type of the autoencoder instead", example="bf16")
+    attn_mode: str = option("torch", help="what computes attention: torch (sdpa is the same), xformers or flash")
+    offload: bool = option(False, help="keep parts on the CPU until they are needed")
+    lora_weights: tuple[str, ...] = option(
+        (), help="network files to apply, each with its strength after a semicolon", example='"lora.safetensors;0.8"'
+    )
+    merge_lora_weights: bool = option(False, help="merge the networks into the model instead of running them beside it")
+    interactive: bool = option(False, help="ask for prompts until an empty one")
+    tokenizer_cache_dir: str | None = option(
+        path=True,
+        help="folder with tokenizers, each in a sub-folder named like its hub repository with / replaced by _",
+    )
+
+
+SD3_MINIMAL_INFERENCE = Script(
+    name="sd3_minimal_inference.py",
+    summary="Makes images with SD3 or SD3.5.",
+    groups=(Sd3InferenceOptions,),
+)
+
 # tools for SD3
 
 
@@ -1953,7 +2003,7 @@ MERGE_SD3_SAFETENSORS = Script(
 SCRIPTS = (
     *(FLUX_TRAIN_NETWORK, FLUX_TRAIN, FLUX_MINIMAL_INFERENCE, CACHE_LATENTS, CACHE_TEXT_ENCODER_OUTPUTS, SHOW_METADATA),
     *(TRAIN_NETWORK, SDXL_TRAIN_NETWORK, TRAIN_DB, FINE_TUNE, SDXL_TRAIN, SDXL_MINIMAL_INFERENCE),
-    *(SD3_TRAIN_NETWORK, SD3_TRAIN),
+    *(SD3_TRAIN_NETWORK, SD3_TRAIN, SD3_MINIMAL_INFERENCE),
     *(FLUX_MERGE_LORA, FLUX_EXTRACT_LORA, CONVERT_FLUX_LORA, CONVERT_DIFFUSERS_TO_FLUX),
     *(MERGE_LORA, SDXL_MERGE_LORA, MERGE_LORA_OLD, SVD_MERGE_LORA, CHECK_LORA_WEIGHTS, LORA_INTERROGATOR),
     *(MERGE_MODELS, CONVERT_DIFFUSERS20_ORIGINAL_SD),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +80,14 @@ def lora_size(tensors: Mapping[str, Tensor]) -> Rank | None:
 def with_alpha(rank: int, tensors: Mapping[str, Tensor]) -> Rank:
     """A rank and the alpha of one module's tensors; without one it is the rank."""
     return Rank(rank, float(tensors.get("alpha", rank)))
+
+
+_OF_ENCODERS = "lora_te"
+
+
+def for_encoders_only(names: Iterable[str]) -> bool:
+    """Whether a file with tensors of these names changes text encoders, of whatever family, and nothing else."""
+    return all(name.startswith(_OF_ENCODERS) for name in names)
 
 
 LORA_FAMILIES = (

@@ -39,6 +39,7 @@ from library.option_groups import (
     SCRIPTS,
     SD3_EXTRACT_LORA,
     SD3_MERGE_LORA,
+    SD3_MINIMAL_INFERENCE,
     SDXL_MINIMAL_INFERENCE,
     SDXL_TRAIN,
     SDXL_TRAIN_NETWORK,
@@ -199,7 +200,7 @@ class Tiny:
         for name, value in values.items():
             if f"--{name}" in arguments:
                 made += [f"--{name}", value]
-        if script in (FLUX_MINIMAL_INFERENCE, SDXL_MINIMAL_INFERENCE):
+        if script in (FLUX_MINIMAL_INFERENCE, SDXL_MINIMAL_INFERENCE, SD3_MINIMAL_INFERENCE):
             made += ["--width", "64", "--height", "64", "--steps", "1"]
         if script is SDXL_MINIMAL_INFERENCE:
             network = self.folder / "output" / "my_xl_cat.safetensors"
@@ -250,7 +251,14 @@ def write_for_sd3_tools(folder: Path) -> dict[str, dict[str, str]]:
         tensors |= {f"{module}.lora_up.weight": torch.ones(size, 4) for module, size in sizes.items()}
         save_safetensors(tensors, folder / f"{name}.safetensors")
     model = {"model_org": "sd3.5_medium.safetensors"}
-    return {MERGE_SD3_SAFETENSORS.name: own, SD3_MERGE_LORA.name: own, SD3_EXTRACT_LORA.name: model}
+    whole = tiny_sd3.write_single(folder / "sd3_with_vae.safetensors", "5-medium", ("vae",))
+    inference = {**own, "ckpt_path": str(whole), "lora_weights": str(folder / "sd3_cat.safetensors")}
+    return {
+        MERGE_SD3_SAFETENSORS.name: own,
+        SD3_MERGE_LORA.name: own,
+        SD3_EXTRACT_LORA.name: model,
+        SD3_MINIMAL_INFERENCE.name: inference,
+    }
 
 
 def write_for_sd_tools(folder: Path, tokenizers: Path) -> None:

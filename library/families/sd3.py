@@ -35,6 +35,7 @@ from library.option_groups import (
     NoiseOptions,
     OptimizerOptions,
     Sd3DensityOptions,
+    Sd3InferenceOptions,
     Sd3Options,
     Sd3TextOptions,
     T5TextOptions,
@@ -82,6 +83,15 @@ class Sd3Settings:
             scaled_positions=own.enable_scaled_pos_embed,
         )
 
+    @classmethod
+    def from_inference_options(cls, options: Sd3InferenceOptions) -> Sd3Settings:
+        """As the inference script's options say."""
+        return cls(
+            t5_length=options.t5xxl_token_length,
+            apply_lg_mask=options.apply_lg_attn_mask,
+            apply_t5_mask=options.apply_t5_attn_mask,
+        )
+
     def masked(self, encoder: str) -> bool:
         """Whether padding is hidden from an encoder."""
         return self.apply_t5_mask if encoder == T5 else self.apply_lg_mask
@@ -122,6 +132,15 @@ class Sd3:
             trains,
         )
 
+    @classmethod
+    def from_inference_options(cls, options: Sd3InferenceOptions) -> Sd3:
+        """The family as the inference script's options want it."""
+        return cls(
+            Sd3Model.from_inference_options(options),
+            options.tokenizer_cache_dir,
+            Sd3Settings.from_inference_options(options),
+        )
+
     # what the files are
 
     @property
@@ -134,7 +153,7 @@ class Sd3:
         found = self.model.findings()
         if found or not self.model.path:
             return found
-        if T5 not in self.encoder_names:
+        if T5 not in self.encoder_names and self.model.uses_t5:
             hint = "give --t5xxl FILE; without it long and precise prompts work less well"
             found.append(warning("there is no T5: its part of the text is left empty", "--t5xxl", hint))
         if self.settings.scaled_positions and not self.config.dual_blocks:
@@ -159,6 +178,10 @@ class Sd3:
     def part_shapes(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
         """Shapes of the tensors of the transformer and the text encoders, from the headers only."""
         return self.model.shapes
+
+    def outline(self, name: str) -> nn.Module:
+        """The transformer or a text encoder without its weights, from the headers only."""
+        return self.model.outline(name)
 
     def activations(self) -> MMDiTActivations:
         """What the transformer needs in memory beside its weights."""

@@ -23,6 +23,7 @@ from library.option_groups import (
     LegacySDOptions,
     ModelOptions,
     Sd3FullOptions,
+    Sd3InferenceOptions,
     Sd3TextOptions,
     T5TextOptions,
 )
@@ -56,6 +57,22 @@ class Sd3Model:
             {CLIP_L: text.clip_l, CLIP_G: own.clip_g, T5: text.t5xxl, VAE: options[LegacySDOptions].vae},
             mmap=not model.disable_mmap_load_safetensors,
             saved_encoders=(*((CLIP_L, CLIP_G) if saving.save_clip else ()), *((T5,) if saving.save_t5xxl else ())),
+        )
+
+    @classmethod
+    def from_inference_options(cls, options: Sd3InferenceOptions) -> Sd3Model:
+        """As the options of the inference script say."""
+        uses_t5 = not options.do_not_use_t5xxl
+        return cls(
+            options.ckpt_path,
+            {
+                CLIP_L: options.clip_l,
+                CLIP_G: options.clip_g,
+                T5: options.t5xxl if uses_t5 else None,
+                VAE: options.vae,
+            },
+            option="--ckpt_path",
+            uses_t5=uses_t5,
         )
 
     @cached_property
@@ -98,6 +115,10 @@ class Sd3Model:
         return part_fingerprint(self.parts[name])
 
     # loading
+
+    def outline(self, name: str) -> nn.Module:
+        """The transformer or an encoder without its weights."""
+        return loading_sd3.outline(self.files, name)
 
     def load_denoiser(
         self, device: torch.device, dtype: torch.dtype | None, finished: Finished | None, keep_float8: bool

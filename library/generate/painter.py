@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from library import devices, findings
+from library import devices, files, findings
 from library.families.base import Family
 from library.log import UserError, get_logger
 from library.models import detect, quantized
@@ -80,6 +81,40 @@ class LoraFile:
         missing = check_readable(self.path, "--lora_weights")
         wrong = None if missing else detect.check(self.path, "--lora_weights", "network")
         return [*missing, *filter(None, [wrong])]
+
+
+def misfits(
+    loras: Sequence[LoraFile],
+    plugin_of: Callable[[Mapping[str, Tensor]], Plugin],
+    encoder_names: Sequence[str],
+    outline: Callable[[str], nn.Module],
+) -> Iterator[Finding]:
+    """Networks made for other models, told from the headers only.
+
+    That is what `Painter` would find when it loads the parts. What changes text encoders only has to fit one of them.
+
+    Args:
+        loras: files that can be read.
+        plugin_of: as for `Painter`.
+        encoder_names: those of the family.
+        outline: gives a part without its weights, by name.
+    """
+    outlined = cache(outline)
+    for lora in loras:
+        shapes = files.header(lora.path).shapes
+        weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        plugin = plugin_of(weights)
+        names = (DENOISER, *(encoder_names if reading.for_encoders_only(weights) else ()))
+        if not any(plugin.weights_for(weights, *_placed(outlined(name), name, encoder_names)) for name in names):
+            what = f"no weight fits this model: {reading.describe(weights)}"
+            hint = "use a network that was made for it"
+            yield findings.error(what, f"--lora_weights {lora.path}", hint, "E-NETWORK-FILE")
+
+
+def _placed(module: nn.Module, name: str, encoder_names: Sequence[str]) -> tuple[Encoders, nn.Module | None]:
+    """A part as plug-ins want it: the text encoders with all others left out, and the denoiser or None."""
+    encoders = [module if name == encoder else None for encoder in encoder_names]
+    return encoders, module if name == DENOISER else None
 
 
 @dataclass
@@ -191,18 +226,17 @@ class Painter:
     def _attach(self, name: str) -> None:
         """Applies or merges the networks to one part, each as far as it has weights for it.
 
-        Errors: DataError, with the last part, for a network that fits none.
+        Errors: DataError, with the last part, for a network that fits none, or not the denoiser that it was made for.
         """
-        module = self._parts[name]
-        encoders = [module if name == encoder else None for encoder in self.family.encoder_names]
-        denoiser = module if name == DENOISER else None
+        encoders, denoiser = _placed(self._parts[name], name, self.family.encoder_names)
         networks = []
         for number, lora in enumerate(self.loras):
             weights = reading.read_weights(lora.path)
             plugin = self.plugin_of(weights)
             own = plugin.weights_for(weights, encoders, denoiser)
             self._fitting |= {number} if own else set()
-            if not own and (denoiser is None or number in self._fitting):
+            for_text = number in self._fitting and reading.for_encoders_only(weights)
+            if not own and (denoiser is None or for_text):
                 continue
             network, _ = plugin.create_network_from_weights(
                 lora.multiplier, lora.path, None, encoders, denoiser, own or weights, for_inference=True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,8 @@ QUESTION = "prompt (empty to end; options: --w --h --s --d --g --c --n --p2 --m%
 def prompts_from_terminal(first: SampleRequest, ask: Callable[[str], str] = input) -> Iterator[SampleRequest]:
     """Requests typed line by line, until an empty line or the end of input.
 
-    Sizes, steps and guidance last until they are changed; `first` holds those to begin with.
+    Sizes, steps and guidance last until they are changed; `first` holds those to begin with. Where the model embeds no
+    guidance, `--g` means the scale of the negative prompt, as `--c` does.
     """
     request = first
     while True:
@@ -34,6 +35,8 @@ def prompts_from_terminal(first: SampleRequest, ask: Callable[[str], str] = inpu
         if not line.strip():
             return
         request, unmatched = parse_terminal(line.strip(), request)
+        if first.guidance is None and request.guidance is not None:
+            request = replace(request, guidance=None, cfg=request.guidance)
         for piece in unmatched:
             logger.warning('"--%s" is no option and is ignored; options look like --w 512', piece)
         yield request

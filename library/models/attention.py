@@ -76,12 +76,15 @@ _chosen = _Chosen()
 def use(name: str | None, option: str = "--attn_mode") -> None:
     """Chooses what computes the attention of all models from now on: `torch` (None, `sdpa`), `xformers` or `flash`.
 
-    Errors: UserError when its package isn't installed.
+    Errors: UserError for another name, or when its package isn't installed.
     """
     if name in (None, TORCH, "sdpa"):
         _chosen.package, _chosen.attend = None, _none
         return
-    package = _PACKAGES[str(name)]
+    package = _PACKAGES.get(str(name))
+    if package is None:
+        hint = f"use one of {', '.join((TORCH, 'sdpa', *_PACKAGES))}"
+        raise UserError(f"nothing called {name!r} computes attention", option, hint, code="E-OPTION")
     try:
         attend: Attend = getattr(importlib.import_module(package.module), package.function)
     except (ImportError, OSError, AttributeError, RuntimeError) as error:

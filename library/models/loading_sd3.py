@@ -35,6 +35,7 @@ from library.types import DENOISER
 logger = get_logger(__name__)
 
 VAE = "vae"
+_ACTIVATIONS = {CLIP_L: "quick_gelu", CLIP_G: "gelu"}
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,19 @@ def load_encoder(
     part = files.part(name)
     if name != T5:
         filling = Filling(dtype, device, finished, keep_float8)
-        return load_clip(part, "quick_gelu" if name == CLIP_L else "gelu", filling)
+        return load_clip(part, _ACTIVATIONS[name], filling)
     filling = Filling(dtype, device, finished, keep_float8, t5.EXACT_IN_FP16)
     with part.opened() as tensors:
         return filled(lambda: t5.build_t5(part.shapes), tensors, part.shapes, filling)
+
+
+def outline(files: Sd3Files, name: str) -> nn.Module:
+    """The transformer or an encoder without its weights, from the headers only. Errors: see `Sd3Files.part`."""
+    shapes = files.part(name).shapes
+    with torch.device("meta"):
+        if name == DENOISER:
+            return MMDiT(MMDiTConfig.from_shapes(shapes))
+        return t5.build_t5(shapes) if name == T5 else clip.build_clip(shapes, _ACTIVATIONS[name])
 
 
 def load_vae(files: Sd3Files, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:

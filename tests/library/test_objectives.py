@@ -269,6 +269,17 @@ def test_schedules():
         assert resolution_mu(int(tokens)) == pytest.approx(mu)
 
 
+def test_schedules_with_a_fixed_shift():
+    numbers = golden("sd3_weighting")["sampling"]
+    flow = Flow(FlowSettings(sampling_shift=3.0))
+    found = [key for key in numbers if key.startswith("steps=")]
+    assert len(found) == 7
+    for key in found:
+        levels = flow.schedule(int(named(key)["steps"]), 256, False)
+        assert_close(levels, numbers[key], 1e-6)
+        assert levels.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from library.families.flux import Flux, FluxFiles
+from library.files import save_safetensors
 from library.generate.flux import Dtypes, LoraFile, Painter, plugin_of
+from library.log import DataError
 from networks import loha, lokr, lora_flux, oft_flux
 from networks.base import Network
 from tests import tiny
 
+FIRST = "encoder.layers.0.mlp.fc1"
 TYPES = Dtypes(torch.float32, torch.float32, torch.float32, torch.float32)
 KINDS = {
     "lora": lambda model: lora_flux.create_network(1.0, 2, 2.0, None, [None, None], model),
@@ -62,6 +65,25 @@ def test_applied_and_merged_give_the_same(kinds: list[str], models: dict[str, Pa
     torch.testing.assert_close(layer_of(models["flux"], files)(x), expected, rtol=1e-4, atol=1e-4)
     if len(kinds) == 1:  # merged one after the other, each changes what the one before left
         torch.testing.assert_close(layer_of(models["flux"], files, merge=True)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_for_another_model_is_not_applied_to_the_text_alone(models: dict[str, Path], tmp_path: Path) -> None:
+    family = Flux(FluxFiles(str(models["flux"]), str(models["clip_l"]), None, None))
+    layer = family.load_encoders(["clip_l"], torch.device("cpu"), torch.float32)["clip_l"].get_submodule(FIRST)
+    assert isinstance(layer, nn.Linear)
+    pair = {"lora_down.weight": torch.ones(2, layer.in_features), "lora_up.weight": torch.ones(layer.out_features, 2)}
+
+    def parts(*names: str) -> None:
+        path = tmp_path / "text.safetensors"
+        save_safetensors({f"{name}.{key}": tensor for name in names for key, tensor in pair.items()}, path)
+        painter = Painter(family, TYPES.by_part(), torch.device("cpu"), plugin_of, loras=[LoraFile(str(path))])
+        for part in ("clip_l", "unet"):
+            painter._part(part)
+
+    text = f"lora_te1_text_model_{FIRST}".replace(".", "_")
+    parts(text)
+    with pytest.raises(DataError, match="it is a LoRA for SDXL"):
+        parts(text, "lora_unet_input_blocks_4_1_proj_in")
 
 
 def test_the_strength_of_applied_networks_can_be_changed(models: dict[str, Path], tmp_path: Path) -> None:

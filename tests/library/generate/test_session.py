@@ -69,6 +69,14 @@ def test_the_terminal_goes_on_until_an_empty_line(caplog):
     assert any("x 1" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize("embedded", [True, False])
+def test_guidance_is_that_of_the_negative_prompt_where_the_model_embeds_none(embedded):
+    first = SampleRequest(prompt="", guidance=3.5 if embedded else None, cfg=5.0)
+    one, two = prompts_from_terminal(first, answers("a --g 2", "b"))
+    for request in (one, two):
+        assert (request.guidance, request.cfg) == ((2.0, 5.0) if embedded else (None, 2.0))
+
+
 def test_the_terminal_may_close():
     assert [request.prompt for request in prompts_from_terminal(FIRST, answers("a"))] == ["a"]
 

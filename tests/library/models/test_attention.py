@@ -124,6 +124,11 @@ def test_a_package_that_is_not_installed_is_refused_in_one_line(
     assert f"pip install {package}" in line
 
 
+def test_a_name_that_is_unknown_is_refused_with_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"'best'.*--attn_mode.*torch, sdpa, xformers, flash"):
+        use("best")
+
+
 @pytest.mark.parametrize("name", [None, "torch", "sdpa"])
 def test_torch_is_the_default_and_can_be_chosen_again(name: str | None, calls: list[str]) -> None:
     use("xformers")
