@@ -40,6 +40,8 @@ from library.option_groups import (
     SD3_EXTRACT_LORA,
     SD3_MERGE_LORA,
     SD3_MINIMAL_INFERENCE,
+    SD3_TRAIN,
+    SD3_TRAIN_NETWORK,
     SDXL_MINIMAL_INFERENCE,
     SDXL_TRAIN,
     SDXL_TRAIN_NETWORK,
@@ -169,12 +171,14 @@ class Tiny:
         write_for_sd_tools(folder, models["tokenizers"])
         self.config = self._write("my_cat.toml", base)
         shared = {name: base[name] for name in ("dataset_config", "output_dir")}
+        self.others["sd3"] = tiny_sd3.write_single(folder / "sd3_whole.safetensors", "5-medium")
+        modules = {"sd1": "networks.lora", "sd2": "networks.lora", "sdxl": "networks.lora", "sd3": "networks.lora_sd3"}
         self.configs = {
             name: self._write(
                 f"my_cat_{name}.toml",
-                {**shared, "output_name": f"my_{name}", "network_module": "networks.lora", **self._model(name)},
+                {**shared, "output_name": f"my_{name}", "network_module": module, **self._model(name)},
             )
-            for name in ("sd1", "sd2", "sdxl")
+            for name, module in modules.items()
         }
 
     def _write(self, name: str, values: dict[str, str]) -> Path:
@@ -183,7 +187,8 @@ class Tiny:
         return self.folder / name
 
     def _model(self, name: str) -> dict[str, str]:
-        return {"pretrained_model_name_or_path": str(self.others[name])}
+        encoders = self.own[MERGE_SD3_SAFETENSORS.name] if name == "sd3" else {}
+        return {"pretrained_model_name_or_path": str(self.others[name]), **encoders}
 
     def command(self, script: Script, arguments: list[str]) -> list[str]:
         """The command with files that are there, one step long."""
@@ -191,6 +196,7 @@ class Tiny:
         is_xl = script in (SDXL_TRAIN_NETWORK, SDXL_TRAIN) or "--sdxl" in made
         other = "sdxl" if is_xl else "sd1" if script in (TRAIN_NETWORK, TRAIN_DB, FINE_TUNE) else ""
         other = "sd2" if "--v2" in made else other
+        other = "sd3" if script in (SD3_TRAIN_NETWORK, SD3_TRAIN) or "--sd3" in made else other
         config = self.configs.get(other, self.config)
         if "--config_file" in made:
             made[made.index("--config_file") + 1] = str(config)
@@ -210,7 +216,10 @@ class Tiny:
         return made
 
 
-TRAINERS = (FLUX_TRAIN_NETWORK, FLUX_TRAIN, TRAIN_NETWORK, SDXL_TRAIN_NETWORK, TRAIN_DB, FINE_TUNE, SDXL_TRAIN)
+TRAINERS = (
+    *(FLUX_TRAIN_NETWORK, FLUX_TRAIN, TRAIN_NETWORK, SDXL_TRAIN_NETWORK, TRAIN_DB, FINE_TUNE, SDXL_TRAIN),
+    *(SD3_TRAIN_NETWORK, SD3_TRAIN),
+)
 
 
 def tools_for_networks(folder: Path) -> dict[str, dict[str, str]]:
