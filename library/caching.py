@@ -16,6 +16,7 @@ from library.option_groups import CacheOptions, TextCacheOptions
 from library.places import check_writable
 from library.train import processes, watch
 from library.train.conditions import encode_images
+from library.train.setups import storage_of
 from library.types import Finding, Posterior
 
 if TYPE_CHECKING:
@@ -104,10 +105,11 @@ def look(
 
 
 def _encoder_types(family: Family, options: Options, precision: Precision) -> str:
-    """The types that the encoders run in: outputs of another type are other outputs."""
+    """The types that the encoders run and are stored in: outputs of another type are other outputs."""
+    scheme = storage_of(options).encoders
     own = {name: placing.Place.of(options, name).dtype for name in family.encoder_names}
     others = [f"{name} {dtype}" for name, dtype in own.items() if dtype not in (None, precision.frozen)]
-    return ", ".join([str(precision.frozen), *others])
+    return ", ".join([str(precision.frozen), *([f"stored in {scheme}"] if scheme else []), *others])
 
 
 def fill_text(job: Setting, encoders: Mapping[str, nn.Module]) -> None:

@@ -1393,7 +1393,7 @@ _TRAINING = (
 )
 _TRAINERS_ONLY = (OptimizerOptions, ScheduleOptions, OffloadOptions, SnrOptions, DeepSpeedOptions)
 
-_CACHING_USES = ("sdpa", "ddp_timeout", "mixed_precision", "lowram")
+_CACHING_USES = ("sdpa", "ddp_timeout", "mixed_precision", "lowram", "fp8_base")
 _UNTRAINED = "nothing is trained"
 _CACHING_IGNORED = {
     **dict.fromkeys(
@@ -1417,7 +1417,7 @@ _CACHING_IGNORED = {
 _NO_TEXT, _NO_IMAGES = "only latents are cached here", "only text encoder outputs are cached here"
 _TEXT_ONLY = (
     *("clip_l", "t5xxl", "tokenizer_cache_dir", "clip_skip", "max_token_length", "weighted_captions"),
-    *("clip_g", "apply_lg_attn_mask", "t5xxl_device"),
+    *("clip_g", "apply_lg_attn_mask", "t5xxl_device", "fp8_base"),
     *("t5xxl_max_token_length", "apply_t5_attn_mask", "text_encoder_batch_size"),
     *("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import re
@@ -245,6 +246,24 @@ def test_a2_merged_weights_are_part_of_what_the_text_cache_depends_on(
         summary = next(line for line in caplog.messages if line.startswith("text outputs:"))
         assert reason in summary
         assert ("0 encoded" in summary) == (not reason)
+
+
+@pytest.mark.parametrize("storage", [(), ("--fp8_base",)])
+def test_a2_the_cache_tool_and_the_training_agree_how_encoders_are_stored(
+    make_cell: MakeCell, caplog: pytest.LogCaptureFixture, storage: tuple[str, ...]
+) -> None:
+    cell = make_cell("lora, all cached")
+    tool = importlib.import_module("tools.cache_text_encoder_outputs")
+    storage = ("--mixed_precision", "bf16", *storage)
+    shared = [*cell.argv[: cell.argv.index("--output_dir")], *storage]
+    tool.main(shared)
+    cell(*TO_DISK, *storage)
+    summaries = [line for line in caplog.messages if line.startswith("text outputs:")]
+    assert "0 reused" in summaries[0]
+    assert "0 encoded" in summaries[1]
+    other = shared[:-1] if shared[-1] == "--fp8_base" else [*shared, "--fp8_base"]
+    tool.main(other)
+    assert "5 other encoder" in [line for line in caplog.messages if line.startswith("text outputs:")][2]
 
 
 def test_a2_full_caches_need_no_encoders_and_no_autoencoder(
