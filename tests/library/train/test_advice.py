@@ -17,12 +17,13 @@ from library.train.forecast import GIB, gib
 from library.train.setups import Setup
 from library.types import Size
 
-LORA, LORA_LARGE, WHOLE, WHOLE_LARGE = (run.setup for run in card_table.runs(card_table.flux_shapes()))
+FLUX = card_table.SUBJECTS["flux"]
+LORA, LORA_LARGE, WHOLE, WHOLE_LARGE = (run.setup for run in FLUX.runs())
 
 
 def plan(setup: Setup, memory: float) -> Planner:
     """For FLUX.1-dev on a device with so many GiB, all of them free."""
-    return card_table.planner(setup, memory / card_table.FREE)
+    return FLUX.planner(setup, memory / card_table.FREE)
 
 
 def test_a_card_that_is_large_enough_needs_nothing() -> None:
@@ -85,7 +86,7 @@ def test_one_is_warned_before_a_weight_is_loaded() -> None:
 
 
 def test_main_memory_counts_too() -> None:
-    model, shapes = card_table._model(), card_table.flux_shapes()
+    model, shapes = FLUX.model, FLUX.shapes
     planner = Planner(shapes, model, replace(WHOLE, swap=38), memory=None, main_memory=64 * GIB)
     (finding,) = planner.findings()
     assert finding.where == "main memory"
@@ -93,7 +94,7 @@ def test_main_memory_counts_too() -> None:
 
 
 def test_without_a_known_device_there_is_a_forecast_only() -> None:
-    planner = Planner(card_table.flux_shapes(), card_table._model(), LORA, memory=None)
+    planner = Planner(FLUX.shapes, FLUX.model, LORA, memory=None)
     assert planner.fits
     assert planner.findings() == []
     assert planner.lines() == planner.forecast.lines()
