@@ -12,6 +12,7 @@ from library import devices
 COMMON = ("--whole", "--dtype", "bf16", "--resolution", "1024", "--steps", "10", "--warmup", "3")
 CASES = {
     "FLUX.1": ("--checkpointing",),
+    "SD3.5-medium": ("--family", "sd3", "--cuda_graphs"),
     "SDXL": ("--family", "sdxl", "--cuda_graphs"),
     "SDXL, recomputed": ("--family", "sdxl", "--checkpointing", "--cuda_graphs"),
     "SDXL, batches of 4, recomputed": ("--family", "sdxl", "--batch", "4", "--checkpointing", "--cuda_graphs"),
