@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library.families.clip_text import ClipTokenizing
-from library.families.sd3_files import Sd3Model
+from library.families.sd3_files import CLIP_EMBEDDING, Sd3Model
 from library.families.sd_text import OPEN_CLIP_PAD
 from library.families.tokenizers import CLIP_L as CLIP_L_TOKENIZER
 from library.families.tokenizers import OPEN_CLIP_G, T5_XXL, load_tokenizer
@@ -135,6 +135,7 @@ class Sd3:
         if T5 not in self.encoder_names:
             hint = "give --t5xxl FILE; without it long and precise prompts work less well"
             found.append(warning("there is no T5: its part of the text is left empty", "--t5xxl", hint))
+            found += [warning("it does nothing without T5", f"--{name}") for name in self.model.t5_options]
         if self.settings.scaled_positions and not self.config.dual_blocks:
             found.append(warning("it was made for SD3.5-medium, and this is another", "--enable_scaled_pos_embed"))
         if self.trains:
@@ -152,7 +153,7 @@ class Sd3:
     @cached_property
     def clip_l_width(self) -> int:
         """Features of CLIP-L."""
-        return self.part_shapes()[CLIP_L][_EMBEDDING][1]
+        return self.part_shapes()[CLIP_L][CLIP_EMBEDDING][1]
 
     def part_shapes(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
         """Shapes of the tensors of the transformer and the text encoders, from the headers only."""
@@ -409,9 +410,6 @@ class Sd3:
             self._positions(model, rows, columns, cond.get("origin")),
         )
         return velocity
-
-
-_EMBEDDING = "text_model.embeddings.token_embedding.weight"
 
 
 def flow_settings(options: Options | None) -> FlowSettings:
