@@ -86,6 +86,13 @@ MISTAKES: dict[str, Mistake] = {
     "timesteps": (BOTH, ("--min_timestep", "900", "--max_timestep", "100"), USAGE, "E-TIMESTEP-RANGE", ("900",)),
     "huber": (BOTH, ("--loss_type", "huber", "--huber_schedule", "snr"), USAGE, "E-HUBER-SNR", ("exponential",)),
     "buckets": (BOTH, ("--bucket_reso_steps", "12"), USAGE, "E-BUCKET-STEP", ("multiple of 8",)),
+    "images": (
+        BOTH,
+        ("--resolution", "512,512", "--max_bucket_reso", "1024"),
+        DATA,
+        "E-MODEL-SIZE",
+        ("positions for 384", "--enable_scaled_pos_embed"),
+    ),
     "weighted captions": (BOTH, ("--weighted_captions",), USAGE, "E-REFUSED", ("can't weigh words",)),
     "FLUX's options": (BOTH, ("--discrete_flow_shift", "3"), USAGE, "E-OPTION", ("flux_train",)),
     "masks": (BOTH, ("--masked_loss",), USAGE, "E-MASK", ("--masked_loss",)),

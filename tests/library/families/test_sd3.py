@@ -15,14 +15,13 @@ from library import caching, placing
 from library.assembly import Precision
 from library.families.sd3 import Sd3, Sd3Settings, flow_settings
 from library.families.sd3_files import Sd3Model
-from library.findings import errors
 from library.log import UserError
 from library.models.sd3_text import CLIP_TOKENS, context, joint_clip
 from library.objectives import Flow
 from library.option_groups import CACHE_TEXT_ENCODER_OUTPUTS, SD3_TRAIN_NETWORK
 from library.options import Options, parse
 from library.randomness import Draws, Stream
-from library.types import Size
+from library.types import Size, errors
 from tests import tiny_sd3
 from tests.tiny_sd3 import Variant
 
@@ -362,7 +361,7 @@ def test_scaled_tables_follow_the_resolutions_of_the_datasets(files: dict[str, P
     from library.models.positions import crop, scaled_table
 
     sd3 = family(files, "sd3.5", scaled_positions=True)
-    sd3.train_at([Size(512, 512), Size(256, 256), Size(256, 256)])
+    sd3.train_at([Size(512, 512), Size(256, 256), Size(256, 256)], ())
     model: Any = sd3.load_denoiser(CPU, torch.float32)
     width = sd3.config.width
     for rows, columns, size in ((16, 16, 16), (20, 24, 16), (24, 26, 26), (32, 32, 32)):
@@ -376,7 +375,7 @@ def test_scaled_tables_follow_the_resolutions_of_the_datasets(files: dict[str, P
 @pytest.mark.parametrize("size", [Size(256, 256), Size(64, 512), Size(512, 512), Size(1024, 96)])
 def test_random_places_fit_into_scaled_tables(files: dict[str, Path], size: Size) -> None:
     sd3 = family(files, "sd3.5", scaled_positions=True, random_crop_rate=1.0)
-    sd3.train_at([Size(512, 512), Size(256, 256)])
+    sd3.train_at([Size(512, 512), Size(256, 256)], ())
     model: Any = sd3.load_denoiser(CPU, torch.float32)
     rows, columns = size.height // 16, size.width // 16
     origins = sd3.vary({}, size, Draws(range(400)))["origin"]
@@ -386,6 +385,17 @@ def test_random_places_fit_into_scaled_tables(files: dict[str, Path], size: Size
     assert origins.min() >= 0
     assert (origins + torch.tensor([rows, columns])).max() == side
     assert sd3._positions(model, rows, columns, origins[:5]).isfinite().all()
+
+
+def test_images_larger_than_the_table_are_found_before_the_training(files: dict[str, Path]) -> None:
+    for more, sizes, wrong in (
+        ((), [Size(384, 384)], []),
+        ((), [Size(64, 64), Size(64, 400)], ["images of 64 x 400"]),
+        (("--enable_scaled_pos_embed",), [Size(64, 400)], []),
+        (("--clip_l", str(files["t5xxl"])), [Size(64, 400)], []),  # which is told by itself
+    ):
+        found = Sd3.from_options(options_of(files, *more)).train_at([Size(64, 64)], sizes)
+        assert [finding.what.split(" are ")[0] for finding in errors(found)] == wrong
 
 
 def test_scaled_positions_are_told_of_where_they_are_odd(files: dict[str, Path]) -> None:
