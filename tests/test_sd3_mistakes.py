@@ -176,6 +176,30 @@ def test_one_line_names_the_mistake(
     assert not [path for path in cell.output.rglob("*") if path.is_file()]
 
 
+STATES = {
+    "fewer parts": (FULL, ("--train_text_encoder",), ()),
+    "more parts": (FULL, (), ("--train_text_encoder",)),
+    "a frozen block": (FULL, (), ("--num_last_block_to_freeze", "1")),
+    "more adapters": (NETWORK, (), ("--network_args", "train_t5xxl=True")),
+}
+"""A script, what the state was saved with, and what it is resumed with."""
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_of_other_parts_is_refused_in_one_line(
+    make_sd3: MakeSd3Cell, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    script, before, after = STATES[name]
+    cell = make_sd3(script, "sd3", "out", "--cache_latents", "--max_train_steps")
+    cell("1", *before, "--save_state_on_train_end")
+    code, lines = failed(cell, ["2", *after, "--resume", "auto"], capsys)
+    line = lines[-1]
+    assert code == USAGE
+    assert line.startswith("error[E-STATE-FIT]: the state doesn't fit this run: ")
+    assert "--initial_step 1" in line
+    assert ("--network_weights" in line) == (script == NETWORK)
+
+
 @pytest.mark.parametrize("script", ["sdxl_train_network", "sdxl_train", "train_network", "fine_tune", "train_db"])
 def test_sd3_is_refused_by_the_scripts_of_others(
     sd3_models: dict[str, Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], script: str
