@@ -27,16 +27,19 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "sd3_lora_keys.json").re
 STEPS = ("--max_train_steps", "2")
 CACHES = {"nothing cached": (), "latents cached": LATENTS, "all cached that can be": CACHED}
 
-QUICK = ("with CLIP", "all", "T5 alone")
-"""Parts that are tried without caches by every run of the tests."""
+QUICK = {
+    "nothing cached": ("with CLIP", "T5 alone"),
+    "latents cached": (),
+    "all cached that can be": ("transformer", "with CLIP-L", "with CLIP-G", "all", "T5 at rate 0", "CLIP alone"),
+}
+"""Parts that are tried by every run of the tests."""
 
 
 def combinations(parts: Iterable[str]) -> Iterator[Any]:
     """Parts and caches, most of them slow in sum."""
     for part in parts:
         for caches in CACHES:
-            quick = caches == "all cached that can be" or (caches == "nothing cached" and part in QUICK)
-            yield pytest.param(part, caches, marks=() if quick else pytest.mark.slow)
+            yield pytest.param(part, caches, marks=() if part in QUICK[caches] else pytest.mark.slow)
 
 
 def rows_of(caplog: pytest.LogCaptureFixture) -> set[str]:

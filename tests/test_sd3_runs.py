@@ -41,7 +41,7 @@ RESUMED = [
     pytest.param(FULL, "sd3.5", (*CACHED, *DROPOUT, *POSITIONS), id="full, cached"),
     pytest.param(FULL, "sd3", (*ALL, *LATENTS, *DROPOUT), id="full, everything"),
     pytest.param(FULL, "sd3", (*ALL, "--gradient_accumulation_steps", "3", "--ema_decay", "0.9"), id="ema", marks=slow),
-    pytest.param(FULL, "sd3", (*CACHED, "--fused_optimizer_groups", "3"), id="full, groups"),
+    pytest.param(FULL, "sd3", (*CACHED, "--fused_optimizer_groups", "3"), id="full, groups", marks=slow),
 ]
 
 
@@ -107,7 +107,7 @@ def test_stepping_in_the_backward_pass_gives_the_same_weights(make_sd3: MakeSd3C
 # caches
 
 
-@pytest.mark.parametrize("model", ["sd3", "sd3 without t5"])
+@pytest.mark.parametrize("model", ["sd3", pytest.param("sd3 without t5", marks=slow)])
 def test_what_is_cached_is_what_is_encoded_on_the_spot(
     make_sd3: MakeSd3Cell, images: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
@@ -150,22 +150,20 @@ CHANGES: dict[str, tuple[tuple[str, ...], int]] = {
     "type of T5": (("--t5xxl_dtype", "bf16"), 5),
     "eight bits": (("--t5xxl_dtype", "fp8"), 5),
     "another CLIP-L": (("--clip_l", "{other}"), 5),
-    "no T5": (("--pretrained_model_name_or_path", "{no t5}"), 5),
 }
 """Options of a run, and how many texts it encodes after the one before."""
 
 
 def test_only_what_changed_is_encoded_again(
-    make_sd3: MakeSd3Cell, sd3_models: dict[str, Path], caplog: pytest.LogCaptureFixture, tmp_path: Path
+    make_sd3: MakeSd3Cell, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     other = tiny_sd3.write_encoder(tmp_path / "other.safetensors", "clip_l", seed=77)
-    files = {"{other}": other, "{no t5}": sd3_models["sd3 without t5"]}
     cell = make_sd3(NETWORK, "sd3", "out", "--max_train_steps", "1", "--network_train_unet_only", *DISK)
     cell()
     caplog.set_level(logging.INFO)
     for name, (more, expected) in CHANGES.items():
         caplog.clear()
-        cell(*(str(files.get(word, word)) for word in more))
+        cell(*(word.replace("{other}", str(other)) for word in more))
         assert encoded(caplog) == {"latents": (5, 0), "text outputs": (5 - expected, expected)}, name
 
 
@@ -195,7 +193,7 @@ def test_caches_of_the_tools_are_those_that_the_training_wants(
 # samples, masks, validation
 
 
-@pytest.mark.parametrize(("script", "more"), [(NETWORK, LATENTS), (FULL, CACHED)])
+@pytest.mark.parametrize(("script", "more"), [(NETWORK, LATENTS), pytest.param(FULL, CACHED, marks=slow)])
 def test_samples_are_the_same_twice_and_change_nothing(
     make_sd3: MakeSd3Cell, tmp_path: Path, script: str, more: Sequence[str]
 ) -> None:
@@ -239,7 +237,7 @@ def test_masks_hide_what_they_cover(make_sd3: MakeSd3Cell, images: Path, tmp_pat
     assert not any(tensor.any() for key, tensor in cell.weights().items() if key.endswith("lora_up.weight"))
 
 
-@pytest.mark.parametrize("script", [NETWORK, FULL])
+@pytest.mark.parametrize("script", [NETWORK, pytest.param(FULL, marks=slow)])
 def test_validation_is_without_dropout_and_changes_nothing(make_sd3: MakeSd3Cell, tmp_path: Path, script: str) -> None:
     def losses(folder: str, *more: str) -> tuple[dict[str, Tensor], list[float]]:
         cell = make_sd3(script, "sd3.5", folder, *CACHED, "--validation_split", "0.4", *more)
