@@ -56,7 +56,8 @@ def device_of(name: str | None, option: str = "") -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, AttributeError):
         what = f"no device {name!r} here"
-        raise UserError(what, option, f"use cpu or {best_device().type}", code="E-DEVICE") from None
+        there = dict.fromkeys(("cpu", best_device().type))
+        raise UserError(what, option, f"use {' or '.join(there)}", code="E-DEVICE") from None
     return device
 
 

@@ -237,7 +237,8 @@ def _logit_normal(settings: FlowSettings, draws: Draws, tokens: int) -> Tensor:
 
 def _mode(settings: FlowSettings, draws: Draws, tokens: int) -> Tensor:
     u = draws.uniform_scalars()
-    return 1 - u - settings.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+    level = 1 - u - settings.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+    return level.clamp(0, 1)  # beyond, which scales outside -1 to 2 / (pi - 2) reach, there is no level
 
 
 Sampling = Callable[[FlowSettings, Draws, int], Tensor]
@@ -334,7 +335,7 @@ def _check(settings: FlowSettings) -> None:
     """Errors: UserError for a setting that rectified flow can't follow."""
     known: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("timestep_sampling", tuple(SAMPLINGS)),
-        ("weighting_scheme", ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")),
+        ("weighting_scheme", ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")),
         ("model_prediction_type", ("raw", "additive", "sigma_scaled")),
         ("loss_type", tuple(LOSSES)),
         ("huber_schedule", ("constant", "exponential", "snr")),

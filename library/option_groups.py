@@ -106,7 +106,7 @@ class T5TextOptions:
         help="T5-XXL text encoder, a safetensors file; fp8 files (e4m3) work, too; SD3 also does without it",
     )
     t5xxl_max_token_length: int | None = option(
-        help="tokens for T5; 512 for FLUX.1-dev and 256 for FLUX.1-schnell and SD3 when not given", least=1
+        help="tokens for T5; 512 for FLUX.1-dev and 256 for FLUX.1-schnell and SD3 when not given", least=1, most=4096
     )
     apply_t5_attn_mask: bool = option(
         False,
@@ -139,7 +139,7 @@ class FluxOptions:
         "sigma_scaled (noisy latents - sigma x output, with the loss weight of --weighting_scheme)",
     )
     discrete_flow_shift: float = option(
-        3.0, help="shift of the noise levels with --timestep_sampling sigma and shift", least=0
+        3.0, help="shift of the noise levels with --timestep_sampling sigma and shift", least=0.001
     )
     model_type: str = option("flux", choices=("flux", "chroma"), help="kind of model")
 
@@ -179,7 +179,7 @@ class Sd3Options:
     """SD3."""
 
     training_shift: float = option(
-        1.0, help="noise levels are shifted up by this factor on the odds; SD3 was made with 3", least=0
+        1.0, help="noise levels are shifted up by this factor on the odds; SD3 was made with 3", least=0.001
     )
     clip_l_dropout_rate: float = option(
         0.0, help="probability that a sample is trained without what CLIP-L says", least=0, most=1
@@ -1006,7 +1006,7 @@ class InferenceExtraOptions:
         help="folder with tokenizers, each in a sub-folder named like its hub repository with / replaced by _",
     )
     t5xxl_max_token_length: int | None = option(
-        help="tokens for T5; 512 for FLUX.1-dev and 256 for FLUX.1-schnell when not given", least=1
+        help="tokens for T5; 512 for FLUX.1-dev and 256 for FLUX.1-schnell when not given", least=1, most=4096
     )
 
 

@@ -53,10 +53,18 @@ def choose_attention(options: Options) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a text encoder that isn't trained runs, and in which type; None: like all others."""
+    """Where a text encoder that isn't trained runs, and in which type; None: like all others.
+
+    A type of eight bits is one to store weights in, beside that which all others have to compute in.
+    """
 
     device: torch.device | None = None
     dtype: torch.dtype | None = None
+
+    @property
+    def scheme(self) -> str | None:
+        """How weights are stored, see `library.models.quantized`; None: like all others."""
+        return "fp8" if self.dtype is not None and quantized.is_float8(self.dtype) else None
 
     @classmethod
     def of(cls, options: Options, encoder: str) -> Place:
@@ -79,16 +87,16 @@ def load_encoders(job: Setting, names: Sequence[str], trained: frozenset[str]) -
     beside = job.options.has(NetworkOptions)  # what is trained isn't the encoder itself
     loaded: dict[str, nn.Module] = {}
     for name in names:
-        kind = None if name in trained else scheme
         place = Place.of(job.options, name)
         if name in trained and place != Place():
             logger.warning("%s is trained, so --%s_device and --%s_dtype do nothing", name, name, name)
             place = Place()
+        kind = None if name in trained else place.scheme or scheme
         own = job.precision.trained if name in trained and not beside else job.precision.frozen
         loaded |= job.family.load_encoders(
             [name],
             place.device or job.device,
-            place.dtype or own,
+            own if place.scheme else place.dtype or own,
             quantized.storing(kind) if kind else None,
             quantized.keeps_float8(kind),
         )

@@ -46,7 +46,8 @@ def find(options: Options, family: Family) -> sources.Scan:
         use_gone=options[CacheOptions].cache_latents_to_disk,
         validation_seed=(options[LengthOptions].seed or 0) if options.has(LengthOptions) else 0,
     )
-    family.train_at([settings.resolution for settings in scan.config.datasets if settings.resolution])
+    resolutions = [settings.resolution for settings in scan.config.datasets if settings.resolution]
+    scan.findings += family.train_at(resolutions, {item.assignment.bucket for item in scan.items})
     if options[TextCacheOptions].cache_text_encoder_outputs:
         scan.findings += _uncacheable(scan, options[TextCacheOptions].text_cache_variants)
     return scan

@@ -22,7 +22,7 @@ from networks.factored import Dropouts, FactoredAdapter
 from networks.groups import LrRatios
 from networks.reading import Rank
 from networks.rules import IN_FILE, Choice, Rules
-from networks.targets import FamilyTargets, Target, find
+from networks.targets import FamilyTargets, Target, another_family, find
 
 logger = get_logger(__name__)
 
@@ -169,8 +169,10 @@ def create(parts: Parts, settings: Settings, select: Selection, default: Rank, m
         default: size of modules that a rule takes in without saying one.
         multiplier: strength of the network.
 
-    Errors: UserError for a rule without effect, and when no module is left.
+    Errors: UserError for a rule without effect, when no module is left, and for a denoiser of another family.
     """
+    if parts.denoiser is not None and all(component != DENOISER for _, component in parts.targets()):
+        raise another_family(parts.denoiser)
     adapters = []
     wanted: dict[str, bool] = {}
     for target, component in parts.targets():

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from library.log import UserError
+
 
 @dataclass(frozen=True)
 class Part:
@@ -135,3 +137,14 @@ def find(model: nn.Module, part: Part) -> Iterator[Target]:
             target = part.target(path.replace("_orig_mod.", ""), module)
             if target is not None:
                 yield target
+
+
+PLUGINS = (("networks.lora_flux", FLUX), ("networks.lora_sd3", SD3), ("networks.lora", SD))
+"""Network modules for LoRA, and the families that each is for."""
+
+
+def another_family(denoiser: nn.Module) -> UserError:
+    """The mistake of giving a denoiser to a network for another family."""
+    fitting = (name for name, family in PLUGINS if any(True for _ in find(denoiser, family.denoiser)))
+    hint = f"for this one give --network_module {next(fitting, 'PACKAGE.MODULE of a network that is for it')}"
+    return UserError("the network is for another kind of model", "--network_module", hint, code="E-NETWORK")

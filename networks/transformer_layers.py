@@ -59,6 +59,8 @@ class TransformerLayers(Layers):
 
     def encoders(self, names: Sequence[str]) -> list[str]:
         """All, but T5-XXL on request only."""
+        if self._trains_t5xxl and T5 not in names:
+            logger.warning("train_t5xxl has no effect: there is no T5")
         return [name for name in names if name != T5 or self._trains_t5xxl]
 
     def selection(self, parts: Parts) -> Selection:

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from library.log import UserError
 from networks.creating import Encoders, Parts
-from networks.targets import SD, SDXL, FamilyTargets, find
+from networks.targets import SD, SDXL, FamilyTargets, another_family, find
 
 PATH = re.compile(r"(down_blocks|up_blocks|mid_block)(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)")
 LAYERS = {
@@ -138,7 +137,6 @@ def family(unet: nn.Module | None, *, sdxl: bool = False, prefix: str = "lora_un
     own = [replace(part, written=layout.written) for part in plain] if layout.sizes else plain
     theirs, ours = ([target.name for part in parts for target in find(unet, part)] for parts in (plain, own))
     if not ours:
-        hint = "for FLUX.1 give --network_module networks.lora_flux"
-        raise UserError("this network is for the U-Nets of SD and SDXL", "--network_module", hint, code="E-NETWORK")
+        raise another_family(unet)
     aliases = dict(zip(theirs, ours, strict=True)) if layout.sizes else {}
     return replace(base, denoiser=own[0], extras=own[1], aliases=aliases)

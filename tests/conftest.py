@@ -13,6 +13,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.cells import Cell, MakeCell
+    from tests.cells_sd3 import MakeSd3Cell, Sd3Cell
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # more threads than one only slow tiny models down
     os.environ.setdefault(variable, "1")
@@ -99,5 +100,25 @@ def make_cell(models: dict[str, Path], images: Path, tmp_path: Path) -> MakeCell
     def make(cell: str, folder: str = "out") -> Cell:
         script, more = CELLS[cell]
         return Cell(script, models, images, tmp_path / folder, more)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sd3_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny model files of SD3 by name, see `tests.cells_sd3.write_models`."""
+    from tests.cells_sd3 import write_models
+
+    return write_models(tmp_path_factory.mktemp("sd3_models"))
+
+
+@pytest.fixture
+def make_sd3(sd3_models: dict[str, Path], images: Path, tmp_path: Path) -> MakeSd3Cell:
+    """Makes scripts for SD3, with options that train on the images."""
+    from tests.cells_sd3 import LORA, NETWORK, Sd3Cell
+
+    def make(script: str, model: str = "sd3", folder: str = "out", *more: str) -> Sd3Cell:
+        given = (*(LORA if script == NETWORK else ()), *more)
+        return Sd3Cell(script, sd3_models[model], sd3_models["tokenizers"], images, tmp_path / folder, given)
 
     return make

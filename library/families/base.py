@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -112,8 +112,11 @@ class Family(Protocol):
         of a batch in training; of the wanted image, uncropped, for a sample.
         """
 
-    def train_at(self, resolutions: Sequence[Size]) -> None:
-        """Told which resolutions the datasets have, before anything is predicted in a training."""
+    def train_at(self, resolutions: Sequence[Size], sizes: Collection[Size]) -> list[Finding]:
+        """Told which resolutions the datasets have, and which sizes their images come in, before anything is predicted.
+
+        Gives what is wrong with them.
+        """
 
     def vary(self, cond: Cond, size: Size, draws: Draws) -> Cond:
         """What the denoiser is told of a batch of images of a size, with what training changes in it at random."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -224,8 +224,9 @@ class Flux:
         """Whether the sampling schedule is shifted by the number of image tokens."""
         return self.embeds_guidance
 
-    def train_at(self, resolutions: Sequence[Size]) -> None:
+    def train_at(self, resolutions: Sequence[Size], sizes: Collection[Size]) -> list[Finding]:
         """They are all the same to it."""
+        return []
 
     def vary(self, cond: Cond, size: Size, draws: Draws) -> Cond:
         """Nothing is changed."""

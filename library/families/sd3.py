@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from library.devices import send
 from library.families.clip_text import ClipTokenizing
-from library.families.sd3_files import Sd3Model
+from library.families.sd3_files import CLIP_EMBEDDING, Sd3Model
 from library.families.sd_text import OPEN_CLIP_PAD
 from library.families.tokenizers import CLIP_L as CLIP_L_TOKENIZER
 from library.families.tokenizers import OPEN_CLIP_G, T5_XXL, load_tokenizer
-from library.findings import of_error, warning
+from library.findings import error, of_error, warning
 from library.log import UserError
 from library.metadata import sd3_architecture
 from library.models import autoencoder, loading, positions, t5
@@ -42,7 +42,7 @@ from library.option_groups import (
 )
 from library.options import Options
 from library.randomness import Draws, Stream
-from library.types import DENOISER, Cond, Finding, Posterior, Saving, Size, Tokens, Traits
+from library.types import DENOISER, Cond, Finding, Posterior, Saving, Size, Tokens, Traits, errors
 
 T5_LENGTH = 256
 """Default number of T5 tokens."""
@@ -156,6 +156,7 @@ class Sd3:
         if T5 not in self.encoder_names and self.model.uses_t5:
             hint = "give --t5xxl FILE; without it long and precise prompts work less well"
             found.append(warning("there is no T5: its part of the text is left empty", "--t5xxl", hint))
+            found += [warning("it does nothing without T5", f"--{name}") for name in self.model.t5_options]
         if self.settings.scaled_positions and not self.config.dual_blocks:
             found.append(warning("it was made for SD3.5-medium, and this is another", "--enable_scaled_pos_embed"))
         if self.trains:
@@ -173,7 +174,7 @@ class Sd3:
     @cached_property
     def clip_l_width(self) -> int:
         """Features of CLIP-L."""
-        return self.part_shapes()[CLIP_L][_EMBEDDING][1]
+        return self.part_shapes()[CLIP_L][CLIP_EMBEDDING][1]
 
     def part_shapes(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
         """Shapes of the tensors of the transformer and the text encoders, from the headers only."""
@@ -220,9 +221,18 @@ class Sd3:
         """It is always the same one."""
         return False
 
-    def train_at(self, resolutions: Sequence[Size]) -> None:
-        """Tables of positions are scaled for these."""
+    def train_at(self, resolutions: Sequence[Size], sizes: Collection[Size]) -> list[Finding]:
+        """Tables of positions are scaled for the resolutions; without that, images may be too large for the model's."""
         self._sizes = sorted({positions.scaled_size(*size) for size in resolutions})
+        if not self.trains or self.settings.scaled_positions or errors(self.model.findings()):
+            return []
+        most = self.config.table_side * self.config.patch * self.traits.latent_stride
+        large = max(sizes, key=max, default=None)
+        if large is None or max(large) <= most:
+            return []
+        what = f"images of {large.width} x {large.height} are too large for this model, which has positions for {most}"
+        where, hint = "--resolution, --max_bucket_reso", "lower them, or give --enable_scaled_pos_embed"
+        return [error(what, where, hint, "E-MODEL-SIZE")]
 
     def vae_identity(self) -> str:
         """Changes when the autoencoder changes."""
@@ -434,9 +444,6 @@ class Sd3:
             self._positions(model, rows, columns, cond.get("origin")),
         )
         return velocity
-
-
-_EMBEDDING = "text_model.embeddings.token_embedding.weight"
 
 
 def flow_settings(options: Options | None) -> FlowSettings:

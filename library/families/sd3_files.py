@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.findings import of_error
+from library.findings import error, of_error
 from library.log import UserError
 from library.models import loading_sd3
 from library.models.checkpoints_sd import OPTION, Part, part_fingerprint
-from library.models.keymaps import Shapes
+from library.models.keymaps import PROJECTION, T5_EMBEDDINGS, Shapes
 from library.models.keymaps_sd3 import CLIP_G, CLIP_L, ENCODERS, T5
 from library.models.loading import Finished
 from library.models.loading_sd3 import VAE, Sd3Files
+from library.models.mmdit import MMDiTConfig
 from library.option_groups import (
     LegacySDOptions,
     ModelOptions,
@@ -30,6 +31,13 @@ from library.option_groups import (
 from library.options import Options
 from library.places import check_readable
 from library.types import DENOISER, Finding, Saving
+
+T5_OPTIONS = (
+    *("t5xxl_max_token_length", "apply_t5_attn_mask", "t5xxl_dtype", "t5xxl_device", "t5_dropout_rate"),
+    *("train_t5xxl", "learning_rate_te3", "save_t5xxl"),
+)
+"""Options that do nothing without T5."""
+CLIP_EMBEDDING = "text_model.embeddings.token_embedding.weight"
 
 
 @dataclass
@@ -44,6 +52,8 @@ class Sd3Model:
     mmap: bool = True
     uses_t5: bool = True
     """Whether T5 is used where there is one."""
+    t5_options: tuple[str, ...] = ()
+    """Options that were given and are about T5."""
     saved_encoders: tuple[str, ...] = ()
     """Text encoders that are written with a whole model; those that are trained always are."""
 
@@ -56,6 +66,7 @@ class Sd3Model:
             model.pretrained_model_name_or_path,
             {CLIP_L: text.clip_l, CLIP_G: own.clip_g, T5: text.t5xxl, VAE: options[LegacySDOptions].vae},
             mmap=not model.disable_mmap_load_safetensors,
+            t5_options=tuple(name for name in T5_OPTIONS if options.script.option(name) and options.is_meant(name)),
             saved_encoders=(*((CLIP_L, CLIP_G) if saving.save_clip else ()), *((T5,) if saving.save_t5xxl else ())),
         )
 
@@ -105,10 +116,23 @@ class Sd3Model:
         if found or not self.path:
             return found
         try:
-            _ = self.parts
+            return list(self._misfits())
         except UserError as mistake:
             return [of_error(mistake, "")]
-        return []
+
+    def _misfits(self) -> Iterator[Finding]:
+        """Encoders that say more or less than the transformer listens to. Errors: as `parts`."""
+        config = MMDiTConfig.from_shapes(self.parts[DENOISER].shapes)
+        l_width, pooled = self.parts[CLIP_L].shapes[CLIP_EMBEDDING][1], self.parts[CLIP_G].shapes[PROJECTION][0]
+        both = f"{self.parts[CLIP_L].where}, {self.parts[CLIP_G].where}"
+        if l_width + pooled != config.pooled_width:
+            what = f"of CLIP-L and CLIP-G come {l_width} and {pooled} numbers, of which this model wants "
+            yield error(f"{what}{config.pooled_width} together", both, "give its own encoders", "E-MODEL-KIND")
+        elif l_width > pooled:
+            yield error("CLIP-L and CLIP-G are swapped", both, "swap --clip_l and --clip_g", "E-MODEL-KIND")
+        if T5 in self.parts and (width := self.parts[T5].shapes[T5_EMBEDDINGS[0]][1]) != config.context_width:
+            what = f"of this T5 come {width} numbers for each token, of which this model wants {config.context_width}"
+            yield error(what, self.parts[T5].where, "give T5-XXL", "E-MODEL-KIND")
 
     def identity(self, name: str) -> str:
         """Changes when a part changes."""

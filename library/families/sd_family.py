@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -75,8 +75,9 @@ class SdFamily(ABC):
         """There is none."""
         return False
 
-    def train_at(self, resolutions: Sequence[Size]) -> None:  # noqa: B027 - nothing to do
+    def train_at(self, resolutions: Sequence[Size], sizes: Collection[Size]) -> list[Finding]:
         """They are all the same to it."""
+        return []
 
     def vary(self, cond: Cond, size: Size, draws: Draws) -> Cond:
         """Nothing is changed."""

@@ -68,7 +68,9 @@ class Adapter(Method):
         self.trains_denoiser = not network.network_train_text_encoder_only and rates.denoiser.value != 0
         self._encoders = self._trained_encoders()
         if not self.trains_denoiser and not self._encoders:
-            raise UserError("nothing would be trained", "; ".join(self.frozen().values()), code="E-NOTHING")
+            raise UserError(
+                "nothing would be trained", "; ".join(dict.fromkeys(self.frozen().values())), code="E-NOTHING"
+            )
         self._merged: WeakSet[nn.Module] = WeakSet()
         self._network: Any = None
         self._multiplier = 1.0

@@ -98,7 +98,8 @@ def refusal(header: Header, path: Path | str, option: str, wanted: str) -> Findi
     kind = detect(header)
     if wanted not in kind.roles:
         what = f"{name} is {kind.description}, but {option} wants {ROLES[wanted].description}"
-        return Finding(error=True, what=what, where=where, hint=kind.hint, code="E-MODEL-KIND")
+        hint = _OTHER_SCRIPTS if kind.hint.endswith(f" as {option}") else kind.hint
+        return Finding(error=True, what=what, where=where, hint=hint, code="E-MODEL-KIND")
     types = {info.dtype for info in header.tensors.values()} & set(_REFUSED_TYPES)
     if types:
         stored = ", ".join(sorted(_REFUSED_TYPES[name] for name in types))
@@ -112,6 +113,7 @@ def refusal(header: Header, path: Path | str, option: str, wanted: str) -> Findi
     return None
 
 
+_OTHER_SCRIPTS = "use the scripts for that kind of model"
 _REFUSED_TYPES = {
     "F8_E5M2": "float8_e5m2",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
@@ -297,7 +299,7 @@ def _clip(names: _Names) -> Kind | None:
     if width == 768:
         return Kind("clip_l", "a CLIP-L text encoder", ("clip_l",), "give it as --clip_l")
     if width:
-        return Kind("clip", "a CLIP text encoder", ("clip_l", "clip_g"), "give it as --clip_l")
+        return Kind("clip", "a CLIP text encoder", ("clip_l", "clip_g"), "give it as --clip_l or --clip_g")
     if names.has("transformer.resblocks.0.attn.in_proj_weight"):
         return Kind("open_clip", "an OpenCLIP model in its own format", hint="use the Hugging Face format")
     if names.starts("vision_model.", "visual."):

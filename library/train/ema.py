@@ -102,7 +102,7 @@ class MovingAverage:
             yield
         finally:
             values = self._values() if swapped else {}
-            for name in swapped:
+            for name in reversed(swapped):  # a tensor with two names changes places twice
                 if name in kept:
                     values[name].copy_(kept.pop(name))
                 else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from library.findings import warning
 from library.option_groups import DreamBoothOptions, TrainEncoderOptions
+from library.train.setups import BLOCKS
 from library.types import Finding
 
 if TYPE_CHECKING:
@@ -168,6 +169,12 @@ RULES = (
     Rule(("xformers", "diffusers_xformers"), _is("attn_mode", None), "commands without --attn_mode"),
     Rule(("learning_rate_te1", "learning_rate_te2", "train_t5xxl"), _set("train_text_encoder"), "--train_text_encoder"),
     Rule(("learning_rate_te3",), _set("train_t5xxl"), "--train_text_encoder with --train_t5xxl"),
+    Rule(("num_last_block_to_freeze",), _not(_is("learning_rate", 0)), "a --learning_rate that isn't 0"),
+    Rule(
+        ("fused_optimizer_groups",),
+        lambda options: not (options.script.option(BLOCKS) and options.value(BLOCKS)),
+        f"commands without --{BLOCKS}",
+    ),
     Rule(("learning_rate_te",), _trains_encoder, "a text encoder that is trained"),
     Rule(("use_safetensors",), _is("save_model_as", None), "commands without --save_model_as"),
     Rule(("sdpa",), _is("attn_mode", None), "commands without --attn_mode"),

@@ -69,6 +69,8 @@ class Average(Stateful, Protocol):
         """Begins anew with the weights of now."""
 
 
+_LONGEST = 200
+"""Letters that are shown of an error that isn't ours."""
 AVERAGE = "ema"
 """Stem of the average's files."""
 
@@ -152,12 +154,12 @@ def load_state(folder: Path, parts: Parts) -> None:
                 )
             load_exactly(part, read_tree(folder, stem, device))
     except (ValueError, KeyError, RuntimeError) as error:
+        weights_option = f"--network_weights {folder / 'model.safetensors'}"
+        if "network_module" not in parts.state.options:
+            weights_option = "the model that was saved with it"
+        hint = f"resume with the same parts trained, or start anew with {weights_option} --initial_step {saved['step']}"
         raise UserError(
-            f"the state doesn't fit this run: {error}",
-            str(folder),
-            "resume with the options the state was saved with, or start a new run with "
-            f"--network_weights {folder / 'model.safetensors'} --initial_step {saved['step']}",
-            code="E-STATE-FIT",
+            f"the state doesn't fit this run: {_in_one_line(error)}", str(folder), hint, code="E-STATE-FIT"
         ) from error
     state = parts.state
     changes = changed_options(saved["options"], state.options)
@@ -172,6 +174,12 @@ def load_state(folder: Path, parts: Parts) -> None:
         logger.info(
             "nothing left to do: the run ends at step %d and the state is of step %d", state.total_steps, state.step
         )
+
+
+def _in_one_line(error: Exception) -> str:
+    """The beginning of what torch lists on lines of its own."""
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _load_average(folder: Path, average: Average) -> None:

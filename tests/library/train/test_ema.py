@@ -92,6 +92,22 @@ def test_in_place_and_back(place, dtype):
     assert same(average.state_dict()["averages"], averages["averages"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_with_two_names_comes_back(place, dtype):
+    """As the embeddings of T5 have."""
+    model = Model(dtype)
+    model.again = model.w
+    average = MovingAverage(model.state_dict, 0.9, on_cpu=place)
+    for _ in walk(model, 3):
+        average.update()
+    before, averages = weights(model), copy.deepcopy(average.state_dict()["averages"])
+    for _ in range(2):
+        with average.in_place():
+            assert torch.equal(model.w, averages["w"].to(dtype))
+        assert same(weights(model), before)
+        assert same(average.state_dict()["averages"], averages)
+
+
 def test_a_failing_save_puts_the_weights_back(monkeypatch):
     model = Model(torch.bfloat16)
     average = MovingAverage(model.state_dict, 0.5)

@@ -338,6 +338,7 @@ def test_a_state_that_does_not_fit_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(UserError, match="doesn't fit") as caught:
         load_state(tmp_path / "s", run.parts)
     assert "--initial_step 5" in caught.value.hint
+    assert "--network_weights" not in caught.value.hint
     other = TinyRun()
     parts = other.parts
     parts.scaler = other.scheduler
