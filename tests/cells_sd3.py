@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from library.families.sd3_files import Sd3Model
@@ -51,14 +49,6 @@ def write_models(folder: Path) -> dict[str, Path]:
         "sd3 without encoders": tiny_sd3.write_single(folder / "bare.safetensors", parts=bare),
         "sd3 folder": tiny_sd3.write_folder(folder / "sd3_folder"),
     }
-
-
-@pytest.fixture(autouse=True)
-def _any_precision() -> Iterator[None]:
-    """Lets each test choose its precision, which accelerate otherwise keeps for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def parts_of(path: Path, **separate: Path) -> dict[str, dict[str, Tensor]]:

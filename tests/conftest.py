@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +63,15 @@ def _own_cache_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     folder = str(tmp_path_factory.getbasetemp() / "cache")
     for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.setenv(variable, folder)
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator() -> Iterator[None]:
+    """Lets each test choose its precision and processes, which accelerate otherwise keeps for the whole process."""
+    yield
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._shared_state.clear()
 
 
 @pytest.fixture(autouse=True)

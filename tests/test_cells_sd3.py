@@ -19,9 +19,7 @@ from library.models.keymaps_sd3 import ENCODERS
 from library.models.loading_sd3 import Sd3Files, load_encoder, load_mmdit
 from networks import lora_sd3
 from tests import tiny_sd3
-from tests.cells_sd3 import CACHED, FULL, LATENTS, NETWORK, MakeSd3Cell, _any_precision, moved, parts_of
-
-__all__ = ["_any_precision"]
+from tests.cells_sd3 import CACHED, FULL, LATENTS, NETWORK, MakeSd3Cell, moved, parts_of
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "sd3_lora_keys.json").read_text("utf-8"))
 STEPS = ("--max_train_steps", "2")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,12 +29,6 @@ BOTH = "--train_text_encoder"
 @pytest.fixture(scope="module")
 def sd_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_models(tmp_path_factory.mktemp("sd_models"))
-
-
-@pytest.fixture(autouse=True)
-def _any_precision() -> None:
-    """Forgets that of the run before."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -20,9 +20,6 @@ from tests import tiny
 from tests.cells import CELLS, MakeCell, write_images
 from tests.cells_sd import CACHED, LORA, SIZES, SdCell, write_models
 from tests.flux_steps import Case, Trained
-from tests.test_memory_options import _any_precision
-
-__all__ = ["_any_precision"]
 
 pytestmark = pytest.mark.gpu
 

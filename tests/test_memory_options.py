@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from tests.cells import MakeCell, assert_same
 from tests.test_cells import StopAt, _stop_at
@@ -40,14 +39,6 @@ STEPPING = {
     "during the backward pass, streamed": ("--fused_backward_pass", "--blocks_to_swap", "3"),
     "by blocks, streamed": ("--blockwise_fused_optimizers", "--blocks_to_swap", "3", "--gradient_checkpointing"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _any_precision() -> Iterator[None]:
-    """Lets each test choose its precision, which accelerate otherwise keeps for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def shared_by(more: Sequence[str]) -> tuple[str, ...]:

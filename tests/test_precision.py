@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from library.families.flux import Flux, FluxFiles
@@ -33,14 +31,6 @@ FULL_BF16 = ("--mixed_precision", "bf16", "--full_bf16")
 PRECISIONS = {"bf16": ("--mixed_precision", "bf16"), "full bf16": FULL_BF16}
 """Besides float32, which the other tests of scripts have."""
 CELLS = ("lora with clip, t5 cached", "lora, nothing cached", "full, all cached", "full, nothing cached")
-
-
-@pytest.fixture(autouse=True)
-def _another_precision() -> Iterator[None]:
-    """Lets each test choose the precision of its process anew."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # scripts
@@ -166,7 +156,7 @@ def test_objective_and_loss_are_float32_whatever_the_model_computes_in(family: F
         method=SimpleNamespace(before_batch=lambda _: None, target=lambda noised, *_: noised),
         accelerator=SimpleNamespace(autocast=lambda: torch.autocast("cpu", torch.bfloat16), device="cpu"),
         objective=family.objective(),
-        family=SimpleNamespace(predict=predict),
+        family=SimpleNamespace(predict=predict, vary=lambda cond, *_: cond),
         denoiser=None,
         cond=lambda _: {},
         latents=lambda _: latents,

@@ -11,9 +11,7 @@ import pytest
 from tests import tiny, tiny_sd
 from tests.cells import Cell
 from tests.cells_sd import SdCell
-from tests.cells_sd3 import FULL, NETWORK, MakeSd3Cell, _any_precision
-
-__all__ = ["_any_precision"]
+from tests.cells_sd3 import FULL, NETWORK, MakeSd3Cell
 
 USAGE, DATA, DISK = 2, 3, 4
 BOTH = (NETWORK, FULL)

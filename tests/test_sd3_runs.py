@@ -18,11 +18,11 @@ from torch import Tensor
 
 from tests import tiny_sd3
 from tests.cells import assert_same, read_json
-from tests.cells_sd3 import CACHED, FULL, LATENTS, NETWORK, MakeSd3Cell, _any_precision
+from tests.cells_sd3 import CACHED, FULL, LATENTS, NETWORK, MakeSd3Cell
 from tests.test_cells import StopAt, _stop_at
 from tests.test_cells_sd import Fed
 
-__all__ = ["_any_precision", "_stop_at"]
+__all__ = ["_stop_at"]
 
 STEPS = ("--max_train_steps", "3")
 SGD = ("--optimizer_type", "torch.optim.SGD", "--optimizer_args", "momentum=0.9")

@@ -16,10 +16,8 @@ from library.models.keymaps_sd3 import mmdit_to_diffusers
 from library.models.sd3_text import context, joint_clip
 from networks import lora_sd3, reading
 from tests import tiny_sd3
-from tests.cells_sd3 import NETWORK, MakeSd3Cell, _any_precision
+from tests.cells_sd3 import NETWORK, MakeSd3Cell
 from tests.tiny_sd3 import Variant
-
-__all__ = ["_any_precision"]
 
 CPU, TEXT, STEPS = torch.device("cpu"), "a cat on a mat", "4"
 ENCODERS = {"lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from library.option_groups import FLUX_TRAIN_NETWORK
 from library.options import Options
@@ -14,14 +11,9 @@ from library.train import processes
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "USE_LIBUV"):
         monkeypatch.delenv(name, raising=False)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._shared_state.clear()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._shared_state.clear()
 
 
 def test_owning_two_cards_starts_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from library.devices import best_device
 from library.log import UserError
@@ -23,17 +21,6 @@ class Chosen:
 
     def __getitem__(self, group: type) -> Any:
         return self.groups[group]
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    def forget() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._shared_state.clear()
-
-    forget()
-    yield
-    forget()
 
 
 @pytest.mark.skipif(best_device().type != "cpu", reason="there is a GPU")
