@@ -13,22 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from library.devices import send
-from library.families.clip_text import ClipTokenizing
 from library.families.sd3_files import CLIP_EMBEDDING, Sd3Model
-from library.families.sd_text import OPEN_CLIP_PAD
-from library.families.tokenizers import CLIP_L as CLIP_L_TOKENIZER
-from library.families.tokenizers import OPEN_CLIP_G, T5_XXL, load_tokenizer
-from library.findings import error, of_error, warning
+from library.families.sd3_positions import Sd3Positions
+from library.families.sd3_wording import Sd3Wording
+from library.findings import of_error, warning
 from library.log import UserError
 from library.metadata import sd3_architecture
-from library.models import autoencoder, loading, positions, t5
+from library.models import autoencoder, loading
 from library.models.keymaps import PROJECTION
 from library.models.keymaps_sd3 import CLIP_G, CLIP_L, T5
 from library.models.ledger_mmdit import MMDiTActivations
 from library.models.loading_sd3 import VAE
 from library.models.mmdit import MMDiT, MMDiTConfig
-from library.models.sd3_text import CLIP, CLIP_TOKENS, MASKS, context, joint_clip, without_dropped
-from library.models.text_chunks import penultimate_and_pooled
+from library.models.sd3_text import CLIP, CLIP_TOKENS, context, joint_clip, without_dropped
 from library.objectives import Flow, FlowSettings
 from library.option_groups import (
     LossOptions,
@@ -49,9 +46,6 @@ T5_LENGTH = 256
 SAMPLING_SHIFT = 3.0
 FILE_BYTES = 4096
 """What a cache file has besides its numbers, about."""
-TOKENIZERS = {CLIP_L: CLIP_L_TOKENIZER, CLIP_G: OPEN_CLIP_G, T5: T5_XXL}
-FLAGS = {"apply_lg_attn_mask": (CLIP_L, CLIP_G), "apply_t5_attn_mask": (T5,)}
-"""Arrays of the cache that say whether the masks of encoders were used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +86,10 @@ class Sd3Settings:
             apply_t5_mask=options.apply_t5_attn_mask,
         )
 
-    def masked(self, encoder: str) -> bool:
+    @property
+    def masked(self) -> Mapping[str, bool]:
         """Whether padding is hidden from an encoder."""
-        return self.apply_t5_mask if encoder == T5 else self.apply_lg_mask
+        return {CLIP_L: self.apply_lg_mask, CLIP_G: self.apply_lg_mask, T5: self.apply_t5_mask}
 
 
 @dataclass
@@ -223,16 +218,10 @@ class Sd3:
 
     def train_at(self, resolutions: Sequence[Size], sizes: Collection[Size]) -> list[Finding]:
         """Tables of positions are scaled for the resolutions; without that, images may be too large for the model's."""
-        self._sizes = sorted({positions.scaled_size(*size) for size in resolutions})
-        if not self.trains or self.settings.scaled_positions or errors(self.model.findings()):
+        if errors(self.model.findings()) or not self.model.path:
             return []
-        most = self.config.table_side * self.config.patch * self.traits.latent_stride
-        large = max(sizes, key=max, default=None)
-        if large is None or max(large) <= most:
-            return []
-        what = f"images of {large.width} x {large.height} are too large for this model, which has positions for {most}"
-        where, hint = "--resolution, --max_bucket_reso", "lower them, or give --enable_scaled_pos_embed"
-        return [error(what, where, hint, "E-MODEL-SIZE")]
+        self.positions.resolutions = resolutions
+        return self.positions.findings(sizes) if self.trains else []
 
     def vae_identity(self) -> str:
         """Changes when the autoencoder changes."""
@@ -240,85 +229,43 @@ class Sd3:
 
     def text_identity(self) -> str:
         """Changes when a text encoder, a tokenizer or an option that decides the text outputs changes."""
-        settings = self.settings
-        parts = [
-            *(self.model.identity(name) for name in self.encoder_names),
-            *map(str, (settings.t5_length, settings.apply_lg_mask, settings.apply_t5_mask)),
-            *(repr(sorted(tokenizer.get_vocab().items())) for tokenizer in self._tokenizers.values()),
-        ]
+        parts = [*(self.model.identity(name) for name in self.encoder_names), *self.wording.identity()]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     # text
 
+    @cached_property
+    def wording(self) -> Sd3Wording:
+        """How captions become tokens."""
+        return Sd3Wording(
+            self.encoder_names,
+            self.settings.t5_length,
+            self.settings.masked,
+            self.model.path,
+            (self.model.path, *self.model.separate.values()),
+            self.tokenizer_cache_dir,
+        )
+
     def load_tokenizers(self) -> None:
         """Loads the tokenizers. Errors: ResourceError when their files are nowhere."""
-        _ = self._tokenizers
-
-    @cached_property
-    def _tokenizers(self) -> dict[str, Any]:
-        beside = (self.model.path, *self.model.separate.values())
-        return {
-            name: load_tokenizer(TOKENIZERS[name], self.tokenizer_cache_dir, beside, self._folder(number))
-            for number, name in enumerate(self.encoder_names)
-        }
-
-    def _folder(self, number: int) -> Path | None:
-        """Where a model in the Diffusers layout has the tokenizer of that number, from 0."""
-        return Path(self.model.path) / f"tokenizer_{number + 1}".removesuffix("_1") if self.model.path else None
-
-    @cached_property
-    def _clip(self) -> dict[str, ClipTokenizing]:
-        fillers = {CLIP_L: None, CLIP_G: OPEN_CLIP_PAD}
-        return {name: ClipTokenizing(self._tokenizers[name], filler=filler) for name, filler in fillers.items()}
+        self.wording.load()
 
     def token_limits(self) -> dict[str, int]:
         """Longest token sequence by encoder name."""
-        return {name: self.settings.t5_length if name == T5 else CLIP_TOKENS for name in self.encoder_names}
+        return self.wording.limits()
 
     def count_tokens(self, captions: Sequence[str]) -> dict[str, list[int]]:
         """Number of tokens of each caption, marks included and nothing cut, by encoder name."""
-        return {
-            name: [len(ids) for ids in tokenizer(list(captions), verbose=False)["input_ids"]]
-            for name, tokenizer in self._tokenizers.items()
-        }
+        return self.wording.counts(captions)
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """`clip_l`, `clip_g` (B, 77) and `t5xxl` (B, L) ids, and their masks under the names of the cache."""
-        tokens: Tokens = {}
-        for name, tokenizing in self._clip.items():
-            ids, _ = tokenizing.tokens(captions)
-            tokens |= {name: ids, MASKS[name]: _up_to_end(ids, tokenizing.eos)}
-        if T5 in self.encoder_names:
-            found = self._tokenizers[T5](
-                list(captions),
-                padding="max_length",
-                truncation=True,
-                max_length=self.settings.t5_length,
-                return_tensors="pt",
-            )
-            tokens |= {T5: found["input_ids"], MASKS[T5]: found["attention_mask"]}
-        return tokens
+        return self.wording.tokenize(captions)
 
     def encode_text(self, encoders: Mapping[str, nn.Module], tokens: Tokens) -> Cond:
-        """What the encoders say, their masks, and whether these were used; names: `library.models.sd3_text`."""
-        cond: Cond = {}
-        for name, encoder in encoders.items():
-            ids, mask = tokens[name], tokens[MASKS[name]]
-            place = next(encoder.parameters()).device
-            shown = mask.to(place) if self.settings.masked(name) else None
-            if name == T5:
-                cond["t5_out"] = t5.t5_hidden(encoder, ids.to(place), shown).to(ids.device)
-            else:
-                eos = self._clip[name].eos
-                hidden, pooled = penultimate_and_pooled(encoder, ids.to(place), eos, shown)
-                letter = CLIP[name]
-                cond |= {f"{letter}_out": hidden.to(ids.device), f"{letter}_pooled": pooled.to(ids.device)}
-            cond[MASKS[name]] = mask
-        for flag, names in FLAGS.items():
-            if all(name in encoders for name in names):
-                mask = tokens[MASKS[names[0]]]
-                cond[flag] = torch.full((len(mask),), self.settings.masked(names[0]), device=mask.device)
-        return joint_clip(cond, self.clip_l_width) if encoders.keys() >= CLIP.keys() else cond
+        """What the encoders say, with both of CLIP in joint arrays; names: `library.models.sd3_text`."""
+        said = self.wording.said(encoders, tokens)
+        return joint_clip(said, self.clip_l_width) if encoders.keys() >= CLIP.keys() else said
 
     def load_encoders(
         self,
@@ -391,40 +338,15 @@ class Sd3:
         if dropped:
             cond = without_dropped(joint_clip(cond, self.clip_l_width), dropped, self.clip_l_width)
         if self.settings.random_crop_rate:
-            cond = {**cond, "origin": self._origins(size, draws)}
+            cond = {**cond, "origin": self.positions.origins(size, draws)}
         return cond
 
-    def _origins(self, size: Size, draws: Draws) -> Tensor:
-        """(B, 2): row and column of the table at which the positions of an image of that size begin."""
-        patch = self.traits.latent_stride * self.config.patch
-        extent = torch.tensor([-(-size.height // patch), -(-size.width // patch)])
-        room = self._table_side(*extent.tolist()) - extent
-        numbers = [draws.uniform_scalars(Stream.POSITIONS + number) for number in range(3)]
-        at_random = (torch.stack(numbers[1:], dim=1) * (room + 1)).long()
-        moved = (numbers[0] < self.settings.random_crop_rate)[:, None]
-        return send(torch.where(moved, at_random, room // 2), draws.device)
-
-    def _table_side(self, rows: int, columns: int) -> int:
-        if not self.settings.scaled_positions:
-            return self.config.table_side
-        return int(positions.REACH * positions.choose_size(self._sizes, rows, columns))
-
-    def _positions(self, model: MMDiT, rows: int, columns: int, origin: Tensor | None) -> Tensor:
-        """(1 or B, N, D) of an image of so many tokens."""
-        table = model.pos_embed
-        if self.settings.scaled_positions:
-            size = positions.choose_size(self._sizes, rows, columns)
-            key = (size, table.device)
-            if key not in self._tables:
-                self._tables[key] = positions.scaled_table(table.shape[-1], size, table.device)
-            table = self._tables[key]
-        if origin is None:
-            return positions.crop(table, rows, columns)
-        return positions.crops(table, rows, columns, origin)
-
-    _sizes: Sequence[int] = field(default=(), init=False, repr=False)
-    """Of `positions.scaled_table`, for the resolutions that are trained at."""
-    _tables: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
+    @cached_property
+    def positions(self) -> Sd3Positions:
+        """Which positions an image gets."""
+        config, settings = self.config, self.settings
+        pixels = self.traits.latent_stride * config.patch
+        return Sd3Positions(config.table_side, pixels, settings.random_crop_rate, settings.scaled_positions)
 
     def predict(
         self, denoiser: nn.Module, x: Tensor, timesteps: Tensor, cond: Cond, guidance: Tensor | None = None
@@ -441,7 +363,7 @@ class Sd3:
             timesteps,
             context(cond["lg_out"].to(dtype), cond.get("t5_out"), model.config.context_width),
             cond["lg_pooled"].to(dtype),
-            self._positions(model, rows, columns, cond.get("origin")),
+            self.positions.of(model.pos_embed, rows, columns, cond.get("origin")),
         )
         return velocity
 
@@ -471,12 +393,6 @@ def flow_settings(options: Options | None) -> FlowSettings:
         ip_noise_gamma_random_strength=noise.ip_noise_gamma_random_strength,
         masked_loss_normalize=loss.masked_loss_normalize,
     )
-
-
-def _up_to_end(ids: Tensor, eos: int) -> Tensor:
-    """(B, L) int64: 1 up to the first end mark."""
-    ends = (ids == eos).long()
-    return ((ends.cumsum(dim=1) - ends) == 0).long()
 
 
 def _chances(draws: Draws, stream: int, rate: float) -> Tensor:

@@ -365,10 +365,10 @@ def test_scaled_tables_follow_the_resolutions_of_the_datasets(files: dict[str, P
     model: Any = sd3.load_denoiser(CPU, torch.float32)
     width = sd3.config.width
     for rows, columns, size in ((16, 16, 16), (20, 24, 16), (24, 26, 26), (32, 32, 32)):
-        found = sd3._positions(model, rows, columns, None)
+        found = sd3.positions.of(model.pos_embed, rows, columns, None)
         torch.testing.assert_close(found, crop(scaled_table(width, size), rows, columns))
-    centre = sd3._positions(model, 16, 16, None)
-    large = sd3._positions(model, 32, 32, None).view(1, 32, 32, -1)
+    centre = sd3.positions.of(model.pos_embed, 16, 16, None)
+    large = sd3.positions.of(model.pos_embed, 32, 32, None).view(1, 32, 32, -1)
     torch.testing.assert_close(large[:, ::2, ::2].flatten(1, 2), centre)  # both span the same range
 
 
@@ -379,12 +379,12 @@ def test_random_places_fit_into_scaled_tables(files: dict[str, Path], size: Size
     model: Any = sd3.load_denoiser(CPU, torch.float32)
     rows, columns = size.height // 16, size.width // 16
     origins = sd3.vary({}, size, Draws(range(400)))["origin"]
-    table = sd3._positions(model, rows, columns, torch.zeros(1, 2, dtype=torch.long))
+    table = sd3.positions.of(model.pos_embed, rows, columns, torch.zeros(1, 2, dtype=torch.long))
     assert table.shape == (1, rows * columns, sd3.config.width)
-    side = sd3._table_side(rows, columns)
+    side = sd3.positions.side(rows, columns)
     assert origins.min() >= 0
     assert (origins + torch.tensor([rows, columns])).max() == side
-    assert sd3._positions(model, rows, columns, origins[:5]).isfinite().all()
+    assert sd3.positions.of(model.pos_embed, rows, columns, origins[:5]).isfinite().all()
 
 
 def test_images_larger_than_the_table_are_found_before_the_training(files: dict[str, Path]) -> None:
