@@ -96,8 +96,12 @@ class Sd3Model:
 
     @cached_property
     def encoder_names(self) -> tuple[str, ...]:
-        """The encoders: those of CLIP, and T5 where there is one. Errors: UserError, DataError for a bad file."""
-        return ENCODERS if self.uses_t5 and self.files.find(T5) is not None else (CLIP_L, CLIP_G)
+        """The encoders: those of CLIP, and T5 where there is one. Of files that can't be read `findings` tells."""
+        try:
+            has_t5 = self.uses_t5 and self.files.find(T5) is not None
+        except UserError:
+            has_t5 = self.uses_t5
+        return ENCODERS if has_t5 else (CLIP_L, CLIP_G)
 
     @cached_property
     def parts(self) -> Mapping[str, Part]:
