@@ -154,10 +154,10 @@ def load_state(folder: Path, parts: Parts) -> None:
                 )
             load_exactly(part, read_tree(folder, stem, device))
     except (ValueError, KeyError, RuntimeError) as error:
-        weights_option = f"--network_weights {folder / 'model.safetensors'}"
+        anew = f"with --network_weights {folder / 'model.safetensors'} --initial_step {saved['step']}"
         if "network_module" not in parts.state.options:
-            weights_option = "the model that was saved with it"
-        hint = f"resume with the same parts trained, or start anew with {weights_option} --initial_step {saved['step']}"
+            anew = "from the model that was saved with it"
+        hint = f"resume with the same parts trained, or start anew {anew}"
         raise UserError(
             f"the state doesn't fit this run: {_in_one_line(error)}", str(folder), hint, code="E-STATE-FIT"
         ) from error
