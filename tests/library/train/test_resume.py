@@ -335,10 +335,12 @@ def test_a_state_that_does_not_fit_is_refused_with_the_way_out(tmp_path):
     saved(tmp_path / "s")
     run = TinyRun()
     run.optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
-    with pytest.raises(UserError, match="doesn't fit") as caught:
-        load_state(tmp_path / "s", run.parts)
-    assert "--initial_step 5" in caught.value.hint
-    assert "--network_weights" not in caught.value.hint
+    for options, way in (({}, "from the model"), ({"network_module": "networks.lora"}, "--initial_step 5")):
+        run.state.options = options
+        with pytest.raises(UserError, match="doesn't fit") as caught:
+            load_state(tmp_path / "s", run.parts)
+        assert way in caught.value.hint
+        assert ("--network_weights" in caught.value.hint) == bool(options)
     other = TinyRun()
     parts = other.parts
     parts.scaler = other.scheduler
