@@ -114,6 +114,8 @@ def _prepare(family_class: type[Family], method_class: type[Method], options: Op
     ]
     if errors(findings) or not scan.items:
         preflight.report([*findings, *preflight.check_rates(options)])
+    if misfits := method.findings(family.part_shapes()):
+        preflight.report([*findings, *misfits])
     if not inspection.only_looks(options):  # which shows more of it later
         _show("data", reports.caption_table(scan.items, scan.reports))
     data, precision = run_data.of_scan(options, scan, family, 0), Precision.from_options(options)

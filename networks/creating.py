@@ -172,7 +172,7 @@ def create(parts: Parts, settings: Settings, select: Selection, default: Rank, m
     Errors: UserError for a rule without effect, when no module is left, and for a denoiser of another family.
     """
     if parts.denoiser is not None and all(component != DENOISER for _, component in parts.targets()):
-        raise another_family(parts.denoiser)
+        raise another_family(path for path, _ in parts.denoiser.named_modules())
     adapters = []
     wanted: dict[str, bool] = {}
     for target, component in parts.targets():

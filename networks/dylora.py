@@ -154,3 +154,4 @@ create_network = PLUGIN.create_network
 create_network_from_weights = PLUGIN.create_network_from_weights
 trained_encoders = PLUGIN.trained_encoders
 weights_for = PLUGIN.weights_for
+require_fit = PLUGIN.require_fit

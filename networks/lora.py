@@ -101,8 +101,9 @@ def _is_extra(target: Target) -> bool:
     return SD.extras.target(target.path, target.module) is not None
 
 
-PLUGIN = Plugin(parts_of, Layers, settings)
+PLUGIN = Plugin(parts_of, Layers, settings, denoiser=SD.denoiser)
 create_network = PLUGIN.create_network
 create_network_from_weights = PLUGIN.create_network_from_weights
 trained_encoders = PLUGIN.trained_encoders
 weights_for = PLUGIN.weights_for
+require_fit = PLUGIN.require_fit

@@ -77,8 +77,9 @@ class Layers(TransformerLayers):
             indices.check(sum(kind == of_kind for of_kind, _ in blocks))
 
 
-PLUGIN = Plugin(partial(Parts.of, FLUX), Layers, later=LATER)
+PLUGIN = Plugin(partial(Parts.of, FLUX), Layers, later=LATER, denoiser=FLUX.denoiser)
 create_network = PLUGIN.create_network
 create_network_from_weights = PLUGIN.create_network_from_weights
 trained_encoders = PLUGIN.trained_encoders
 weights_for = PLUGIN.weights_for
+require_fit = PLUGIN.require_fit

@@ -69,8 +69,9 @@ class Layers(TransformerLayers):
         self._blocks.check(len({match[1] for match in map(self.block.match, paths) if match}))
 
 
-PLUGIN = Plugin(partial(Parts.of, SD3), Layers)
+PLUGIN = Plugin(partial(Parts.of, SD3), Layers, denoiser=SD3.denoiser)
 create_network = PLUGIN.create_network
 create_network_from_weights = PLUGIN.create_network_from_weights
 trained_encoders = PLUGIN.trained_encoders
 weights_for = PLUGIN.weights_for
+require_fit = PLUGIN.require_fit

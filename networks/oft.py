@@ -32,7 +32,7 @@ from networks.plugin import Plugin
 from networks.reading import Rank
 from networks.rotation import KEY, RotationAdapter
 from networks.rules import Rules
-from networks.targets import UNET_BLOCKS, Target
+from networks.targets import SD, UNET_BLOCKS, Target
 from networks.unet import family
 
 logger = get_logger(__name__)
@@ -156,8 +156,15 @@ def _parts(text_encoders: Encoders | nn.Module | None, unet: nn.Module | None) -
     return Parts(replace(family(unet, prefix=PREFIX), encoders=()), [], unet)
 
 
-PLUGIN = Plugin(_parts, partial(Layers, always=ATTENTION, more=MORE), partial(settings, kind=WHOLE_OFT), size_of)
+PLUGIN = Plugin(
+    _parts,
+    partial(Layers, always=ATTENTION, more=MORE),
+    partial(settings, kind=WHOLE_OFT),
+    size_of,
+    denoiser=SD.denoiser,
+)
 create_network = PLUGIN.create_network
 create_network_from_weights = PLUGIN.create_network_from_weights
 trained_encoders = PLUGIN.trained_encoders
 weights_for = PLUGIN.weights_for
+require_fit = PLUGIN.require_fit

@@ -31,9 +31,14 @@ def _parts(text_encoders: Encoders | nn.Module | None, unet: nn.Module | None) -
 
 
 PLUGIN = Plugin(
-    _parts, partial(oft.Layers, always=ATTENTION, more=MORE), partial(oft.settings, kind=kinds.OFT), oft.size_of
+    _parts,
+    partial(oft.Layers, always=ATTENTION, more=MORE),
+    partial(oft.settings, kind=kinds.OFT),
+    oft.size_of,
+    denoiser=TARGETS.denoiser,
 )
 create_network = PLUGIN.create_network
 create_network_from_weights = PLUGIN.create_network_from_weights
 trained_encoders = PLUGIN.trained_encoders
 weights_for = PLUGIN.weights_for
+require_fit = PLUGIN.require_fit

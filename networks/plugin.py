@@ -6,7 +6,7 @@ A plug-in says which parts of a model there are, how its `--network_args` are re
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from networks.base import Network
 from networks.creating import Encoders, Parts, Selection, Settings
 from networks.groups import BlockRate
 from networks.reading import Rank
+from networks.targets import Part, another_family
 
 logger = get_logger(__name__)
 
@@ -61,6 +62,14 @@ class Plugin:
     """Arguments that needn't be given."""
     later: tuple[str, ...] = ()
     """Arguments whose feature isn't there yet."""
+    denoiser: Part = field(kw_only=True)
+    """What gets adapters by default."""
+
+    def require_fit(self, tensors: Iterable[str]) -> None:
+        """Asked before anything is loaded. Errors: UserError where these tensors of a denoiser are another family's."""
+        names = list(tensors)
+        if not self.denoiser.is_in(names):
+            raise another_family(names)
 
     def trained_encoders(self, encoder_names: Sequence[str], network_args: Mapping[str, str]) -> Sequence[str]:
         """Names of the text encoders that get adapters, of all those of the family; asked before anything is loaded.

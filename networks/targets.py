@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -40,6 +40,10 @@ class Part:
         path = ".".join(filter(None, (self.name, tail)))
         written = tail if self.written is None else self.written(tail)
         return Target(self.file_name(written), path, module, self._parts(tail, module))
+
+    def is_in(self, paths: Iterable[str]) -> bool:
+        """Whether one of these modules, or modules with these tensors, can have an adapter."""
+        return any(re.fullmatch(self.pattern, path.removesuffix(".weight")) for path in paths)
 
     def file_name(self, path: str) -> str:
         """The name of a module in files, by the path that they are to have it at."""
@@ -143,8 +147,9 @@ PLUGINS = (("networks.lora_flux", FLUX), ("networks.lora_sd3", SD3), ("networks.
 """Network modules for LoRA, and the families that each is for."""
 
 
-def another_family(denoiser: nn.Module) -> UserError:
-    """The mistake of giving a denoiser to a network for another family."""
-    fitting = (name for name, family in PLUGINS if any(True for _ in find(denoiser, family.denoiser)))
+def another_family(paths: Iterable[str]) -> UserError:
+    """The mistake of giving a denoiser, which has these modules or tensors, to a network for another family."""
+    names = list(paths)
+    fitting = (module for module, family in PLUGINS if family.denoiser.is_in(names))
     hint = f"for this one give --network_module {next(fitting, 'PACKAGE.MODULE of a network that is for it')}"
     return UserError("the network is for another kind of model", "--network_module", hint, code="E-NETWORK")

@@ -137,6 +137,6 @@ def family(unet: nn.Module | None, *, sdxl: bool = False, prefix: str = "lora_un
     own = [replace(part, written=layout.written) for part in plain] if layout.sizes else plain
     theirs, ours = ([target.name for part in parts for target in find(unet, part)] for parts in (plain, own))
     if not ours:
-        raise another_family(unet)
+        raise another_family(path for path, _ in unet.named_modules())
     aliases = dict(zip(theirs, ours, strict=True)) if layout.sizes else {}
     return replace(base, denoiser=own[0], extras=own[1], aliases=aliases)

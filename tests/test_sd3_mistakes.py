@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from library.families.sd3 import Sd3
 from tests import tiny, tiny_sd
 from tests.cells import Cell
 from tests.cells_sd import SdCell
@@ -174,6 +175,19 @@ def test_one_line_names_the_mistake(
     assert not [path for path in cell.output.rglob("*") if path.is_file()]
 
 
+@pytest.mark.parametrize("module", ["lora_flux", "lokr", "oft_flux", "lora", "oft", "dylora"])
+def test_a_network_for_another_family_is_refused_before_anything_is_loaded(
+    make_sd3: MakeSd3Cell, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    for load in ("load_tokenizers", "load_encoders", "load_vae", "load_denoiser"):
+        monkeypatch.setattr(Sd3, load, lambda *_: pytest.fail("something is loaded"))
+    cell = make_sd3(NETWORK, "sd3", "out", "--max_train_steps")
+    code, lines = failed(cell, ["1", "--network_module", f"networks.{module}"], capsys)
+    assert code == USAGE
+    assert lines[-1].startswith("error[E-NETWORK]: the network is for another kind of model")
+    assert "networks.lora_sd3" in lines[-1]
+
+
 STATES = {
     "fewer parts": (FULL, ("--train_text_encoder",), ()),
     "more parts": (FULL, (), ("--train_text_encoder",)),
@@ -194,8 +208,8 @@ def test_a_state_of_other_parts_is_refused_in_one_line(
     line = lines[-1]
     assert code == USAGE
     assert line.startswith("error[E-STATE-FIT]: the state doesn't fit this run: ")
-    assert "--initial_step 1" in line
-    assert ("--network_weights" in line) == (script == NETWORK)
+    assert ("--network_weights" in line and "--initial_step 1" in line) == (script == NETWORK)
+    assert ("from the model" in line) == (script == FULL)
 
 
 @pytest.mark.parametrize("script", ["sdxl_train_network", "sdxl_train", "train_network", "fine_tune", "train_db"])

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from library import files
+from library.findings import of_error
 from library.log import UserError, get_logger
 from library.methods import plugins, preservation
 from library.methods.base import Method, ParamGroup, broadcast, require_something
 from library.methods.rates import Rate, Rates
 from library.option_groups import MemoryOptions, NetworkOptions, PrecisionOptions
-from library.types import DENOISER, Chance
+from library.types import DENOISER, Chance, Finding
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +129,17 @@ class Adapter(Method):
         ask = getattr(self.plugin, "trained_encoders", plugins.trained_encoders)
         covered = set(ask(names, self.arguments))
         return [name for name in names if name in covered and self.rates.encoders[name].value != 0]
+
+    def findings(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[Finding]:
+        """Whether the network is for another kind of model; those of other packages can't be asked."""
+        require_fit = getattr(self.plugin, "require_fit", None)
+        if require_fit is None or not self.trains_denoiser:
+            return []
+        try:
+            require_fit(shapes[DENOISER])
+        except UserError as mistake:
+            return [of_error(mistake, "")]
+        return []
 
     def trained_elements(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> int:
         """Two matrices for each matrix of the trained parts, as low-rank networks have; or what the file holds."""

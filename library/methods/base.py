@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from library.log import UserError
-from library.types import Chance
+from library.types import Chance, Finding
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -92,6 +92,10 @@ class Method(ABC):
     def changes_to_encoders(self) -> str:
         """Stands for all that `loaded` does to text encoders, for the keys of their caches; empty: nothing."""
         return ""
+
+    def findings(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[Finding]:
+        """What is wrong with the model, whose parts have tensors of these shapes, for what is to be trained."""
+        return []
 
     @abstractmethod
     def trained_elements(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> int:
