@@ -168,6 +168,7 @@ FORMATS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "model", "kind", "name"), FORMATS)
 def test_every_format_holds_the_same_and_loads(
     make: Any, sd_models: dict[str, Path], script: str, model: str, kind: str, name: str
@@ -251,7 +252,12 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
+LONGER = ("dreambooth, stopped at the break", "tuning", "sdxl, groups")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONGER else ()) for name in RESUMED]
+)
 def test_resuming_twice_is_the_same_as_running_straight(make: Any, name: str) -> None:
     script, model, more = RESUMED[name]
     common = ("--max_train_steps", "4", "--lr_scheduler", "cosine", "--cache_latents", *more)

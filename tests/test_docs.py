@@ -283,6 +283,7 @@ def write_for_sd_tools(folder: Path, tokenizers: Path) -> None:
         save_safetensors({f"{module}.{key}": tensor for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
 
 
+@pytest.mark.slow
 def test_commands_run(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -328,6 +329,7 @@ def test_dataset_files_are_accepted(page: Path, tmp_path: Path) -> None:
         assert not found.findings
 
 
+@pytest.mark.slow
 def test_dataset_files_run(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -95,7 +95,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("LoRA", "whole, recomputing")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
+)
 def test_a_step_takes_what_the_ledger_says(name: str) -> None:
     case = CASES[name]
     shapes = shapes_of(case)
