@@ -136,11 +136,13 @@ class Flow:
     def density(self) -> str:
         """For example `timestep_sampling shift, sigmoid_scale 1, discrete_flow_shift 3`."""
         settings = self.settings
-        names = ["timestep_sampling", *DENSITY_SETTINGS[settings.timestep_sampling]]
-        if settings.timestep_sampling in ("sigma", "density") and settings.weighting_scheme in DENSITIES:
-            names += ["weighting_scheme", *DENSITY_SETTINGS[settings.weighting_scheme]]
+        direct, scheme = settings.timestep_sampling == "density", settings.weighting_scheme
+        names = [*([] if direct else ["timestep_sampling"]), *DENSITY_SETTINGS[settings.timestep_sampling]]
+        if direct or (settings.timestep_sampling == "sigma" and scheme in DENSITIES):
+            names += ["weighting_scheme", *DENSITY_SETTINGS.get(scheme, ())]
         names += [name for name in ("min_timestep", "max_timestep") if getattr(settings, name) is not None]
-        values = ((name, getattr(settings, name)) for name in names)
+        called = {"discrete_flow_shift": "training_shift"} if direct else {}  # by the options of SD3
+        values = ((called.get(name, name), getattr(settings, name)) for name in names)
         return ", ".join(f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in values)
 
     def estimate(self, prediction: Tensor, noised: Noised) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -487,3 +488,11 @@ def test_a_t5_of_another_width_is_told_of(files: dict[str, Path], tmp_path: Path
     (found,) = errors(family(files, separate={"t5xxl": str(tiny.write_t5(tmp_path / "t5.safetensors"))}).findings())
     assert found.code == "E-MODEL-KIND"
     assert f"wants {tiny_sd3.CONTEXT_WIDTH}" in found.what
+
+
+def test_the_picture_of_the_timesteps_names_options_that_sd3_has() -> None:
+    settings = flow_settings(None)
+    drawn = replace(settings, timestep_sampling="density", discrete_flow_shift=3.0, min_timestep=100)
+    for scheme, own in (("logit_normal", ", logit_mean 0, logit_std 1"), ("uniform", "")):
+        found = Flow(replace(drawn, weighting_scheme=scheme)).density()
+        assert found == f"training_shift 3, weighting_scheme {scheme}{own}, min_timestep 100"
