@@ -129,6 +129,11 @@ class _Terminal(_StreamHandler):
         if self.stream is not None:
             super().emit(record)
 
+    def flush(self) -> None:
+        """Writes out what is held back, of a stream that is still open."""
+        with suppress(ValueError):
+            super().flush()
+
 
 def _handler(console: ConsoleOptions) -> logging.Handler:
     if console.console_log_file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import re
@@ -184,6 +185,15 @@ def test_handlers_of_others_stay() -> None:
         assert other in logging.getLogger().handlers
     finally:
         logging.getLogger().removeHandler(other)
+
+
+def test_a_stream_that_was_closed_meanwhile_hides_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    log.setup(ConsoleOptions())
+    (handler,) = (one for one in logging.getLogger().handlers if hasattr(one, "console_options"))
+    handler.stream = io.TextIOWrapper(io.BytesIO())
+    handler.stream.close()
+    assert log.report(UserError("wrong", "here")) == 2
+    assert "wrong - here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp932", "ascii"])
