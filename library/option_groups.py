@@ -960,7 +960,21 @@ class T5DtypeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FluxInferenceOptions:
+class InferenceOptions:
+    """What image generation has in common."""
+
+    prompt: str = option("A photo of a cat", help="what to show; several words in quotes")
+    output_dir: str = option(".", help="folder for the images")
+    offload: bool = option(False, help="keep parts on the CPU until they are needed")
+    lora_weights: tuple[str, ...] = option(
+        (), help="network files to apply, each with its strength after a semicolon", example='"lora.safetensors;0.8"'
+    )
+    merge_lora_weights: bool = option(False, help="merge the networks into the model instead of running them beside it")
+    interactive: bool = option(False, help="ask for prompts until an empty one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxInferenceOptions(InferenceOptions):
     """Image generation with FLUX.1."""
 
     ckpt_path: str = option(required=True, path=True, help="transformer of FLUX.1, a safetensors file")
@@ -968,9 +982,7 @@ class FluxInferenceOptions:
     t5xxl: str | None = option(path=True, help="T5-XXL text encoder, a safetensors file")
     ae: str | None = option(path=True, help="autoencoder of FLUX, a safetensors file")
     apply_t5_attn_mask: bool = option(False, help="hide padding tokens from T5 and from the transformer's attention")
-    prompt: str = option("A photo of a cat", help="what to show; several words in quotes")
     negative_prompt: str | None = option(help="what not to show; used with --cfg_scale above 1")
-    output_dir: str = option(".", help="folder for the images")
     width: int = option(1360, help="width in pixels, rounded to a multiple of 16", least=1)
     height: int = option(768, help="height in pixels, rounded to a multiple of 16", least=1)
     steps: int | None = option(
@@ -988,12 +1000,6 @@ class FluxInferenceOptions:
     t5xxl_dtype: str | None = option(help="type of T5")
     ae_dtype: str | None = option(help="type of the autoencoder")
     flux_dtype: str | None = option(help="type of the transformer")
-    offload: bool = option(False, help="keep parts on the CPU until they are needed")
-    lora_weights: tuple[str, ...] = option(
-        (), help="network files to apply, each with its strength after a semicolon", example='"lora.safetensors;0.8"'
-    )
-    merge_lora_weights: bool = option(False, help="merge the networks into the model instead of running them beside it")
-    interactive: bool = option(False, help="ask for prompts until an empty one")
     model_type: str = option("flux", choices=("flux", "chroma"), help="kind of model")
 
 
@@ -1835,15 +1841,13 @@ SD3_TRAIN = Script(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SdxlInferenceOptions:
+class SdxlInferenceOptions(InferenceOptions):
     """Image generation with SDXL."""
 
     ckpt_path: str = option(required=True, path=True, help="SDXL model, a file or a Diffusers folder")
     vae: str | None = option(path=True, help="autoencoder to use instead of the model's, a file or a folder")
-    prompt: str = option("A photo of a cat", help="what to show; several words in quotes")
     prompt2: str | None = option(help="what the second text encoder gets; the same as the first when not given")
     negative_prompt: str = option("", help="what not to show")
-    output_dir: str = option(".", help="folder for the images")
     width: int = option(1024, help="width in pixels, rounded to a multiple of 8", least=1)
     height: int = option(1024, help="height in pixels, rounded to a multiple of 8", least=1)
     steps: int = option(50, help="number of steps", least=1, most=1000)
@@ -1863,12 +1867,6 @@ class SdxlInferenceOptions:
     vae_dtype: str | None = option(
         help="type of the autoencoder; that of --dtype when not given, but float32 instead of float16, which overflows"
     )
-    offload: bool = option(False, help="keep parts on the CPU until they are needed")
-    lora_weights: tuple[str, ...] = option(
-        (), help="network files to apply, each with its strength after a semicolon", example='"lora.safetensors;0.8"'
-    )
-    merge_lora_weights: bool = option(False, help="merge the networks into the model instead of running them beside it")
-    interactive: bool = option(False, help="ask for prompts until an empty one")
     tokenizer_cache_dir: str | None = option(
         path=True,
         help="folder with tokenizers, each in a sub-folder named like its hub repository with / replaced by _",
@@ -1885,7 +1883,7 @@ SDXL_MINIMAL_INFERENCE = Script(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sd3InferenceOptions:
+class Sd3InferenceOptions(InferenceOptions):
     """Image generation with SD3."""
 
     ckpt_path: str = option(required=True, path=True, help="SD3 or SD3.5 model, a file or a Diffusers folder")
@@ -1899,9 +1897,7 @@ class Sd3InferenceOptions:
     )
     apply_lg_attn_mask: bool = option(False, help="hide padding tokens from CLIP-L and CLIP-G")
     apply_t5_attn_mask: bool = option(False, help="hide padding tokens from T5")
-    prompt: str = option("A photo of a cat", help="what to show; several words in quotes")
     negative_prompt: str = option("", help="what not to show")
-    output_dir: str = option(".", help="folder for the images")
     width: int = option(1024, help="width in pixels, rounded to a multiple of 16", least=1)
     height: int = option(1024, help="height in pixels, rounded to a multiple of 16", least=1)
     steps: int = option(50, help="number of steps", least=1, most=1000)
@@ -1913,12 +1909,6 @@ class Sd3InferenceOptions:
     t5xxl_dtype: str | None = option(help="type of T5 instead", example="fp8")
     vae_dtype: str | None = option(help="type of the autoencoder instead", example="bf16")
     attn_mode: str = option("torch", help="what computes attention: torch (sdpa is the same), xformers or flash")
-    offload: bool = option(False, help="keep parts on the CPU until they are needed")
-    lora_weights: tuple[str, ...] = option(
-        (), help="network files to apply, each with its strength after a semicolon", example='"lora.safetensors;0.8"'
-    )
-    merge_lora_weights: bool = option(False, help="merge the networks into the model instead of running them beside it")
-    interactive: bool = option(False, help="ask for prompts until an empty one")
     tokenizer_cache_dir: str | None = option(
         path=True,
         help="folder with tokenizers, each in a sub-folder named like its hub repository with / replaced by _",

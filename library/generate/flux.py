@@ -11,8 +11,8 @@ import torch
 
 from library import devices, findings
 from library.families.flux import Flux
-from library.generate.painter import VAE, LoraFile, Painter, Plugin, idle_in_session, idle_networks
-from library.generate.session import Session
+from library.generate.painter import VAE, LoraFile, Plugin, idle_in_session, idle_networks
+from library.generate.running import run
 from library.models import quantized
 from library.option_groups import FluxInferenceOptions, InferenceExtraOptions
 from library.places import check_writable
@@ -66,17 +66,7 @@ def generate(options: Options) -> None:
     dtypes = Dtypes.from_options(group)
     findings.report(_idle(options, family, dtypes))
     family.load_tokenizers()
-    painter = Painter(
-        family,
-        dtypes.by_part(),
-        devices.best_device(),
-        plugin_of,
-        offload=group.offload,
-        loras=loras,
-        merge=group.merge_lora_weights,
-        keep_encoders=group.interactive,
-    )
-    first_request = SampleRequest(
+    first = SampleRequest(
         prompt=group.prompt,
         negative_prompt=group.negative_prompt,
         width=group.width,
@@ -86,11 +76,7 @@ def generate(options: Options) -> None:
         guidance=group.guidance,
         cfg=1.0 if group.negative_prompt is None else group.cfg_scale,
     )
-    session = Session(painter.render, Path(group.output_dir), set_multipliers=painter.set_multipliers)
-    if group.interactive:
-        session.run_interactive(first_request)
-    else:
-        session.run([first_request])
+    run(group, family, dtypes.by_part(), plugin_of, loras, first)
 
 
 def _check_files(group: FluxInferenceOptions, loras: Sequence[LoraFile]) -> Iterator[Finding]:

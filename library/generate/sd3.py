@@ -12,8 +12,8 @@ from torch import Tensor
 
 from library import devices, findings
 from library.families.sd3 import Sd3
-from library.generate.painter import VAE, LoraFile, Painter, Plugin, idle_in_session, idle_networks, misfits
-from library.generate.session import Session
+from library.generate.painter import VAE, LoraFile, Plugin, idle_in_session, idle_networks, misfits
+from library.generate.running import run
 from library.log import UserError
 from library.models import attention, quantized
 from library.models.keymaps_sd3 import ENCODERS, T5
@@ -42,26 +42,7 @@ def generate(options: Options) -> None:
     findings.report(_wrong(group, family, loras))
     findings.report(_idle(options, family, types))
     family.load_tokenizers()
-    painter = Painter(
-        family,
-        types,
-        devices.best_device(),
-        plugin_of,
-        offload=group.offload,
-        loras=loras,
-        merge=group.merge_lora_weights,
-        keep_encoders=group.interactive,
-    )
-    session = Session(
-        painter.render,
-        Path(group.output_dir),
-        set_multipliers=painter.set_multipliers,
-        multiple=family.traits.latent_stride * family.traits.patch,
-    )
-    if group.interactive:
-        session.run_interactive(request_of(group))
-    else:
-        session.run([request_of(group)])
+    run(group, family, types, plugin_of, loras, request_of(group))
 
 
 def plugin_of(weights: Mapping[str, Tensor]) -> Plugin:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import Tensor
 
 from library import devices, findings
 from library.epsilon import EpsilonSettings
 from library.families.sdxl import Sdxl
-from library.generate.painter import VAE, LoraFile, Painter, Plugin, idle_in_session, idle_networks
-from library.generate.session import Session
+from library.generate.painter import VAE, LoraFile, Plugin, idle_in_session, idle_networks
+from library.generate.running import run
 from library.log import get_logger
 from library.models import quantized
 from library.models.checkpoints_sd import find_checkpoint, stated_prediction
@@ -43,26 +44,12 @@ def generate(options: Options) -> None:
     family = Sdxl.from_inference_options(group, settings_of(group))
     findings.report([*family.findings(), *_idle(options)])
     family.load_tokenizers()
-    painter = Painter(
-        family,
-        types_of(group, family.encoder_names),
-        devices.best_device(),
-        lambda weights: cast(Plugin, importlib.import_module(NETWORKS)),
-        offload=group.offload,
-        loras=loras,
-        merge=group.merge_lora_weights,
-        keep_encoders=group.interactive,
-    )
-    session = Session(
-        painter.render,
-        Path(group.output_dir),
-        set_multipliers=painter.set_multipliers,
-        multiple=family.traits.latent_stride * family.traits.patch,
-    )
-    if group.interactive:
-        session.run_interactive(request_of(group))
-    else:
-        session.run([request_of(group)])
+    run(group, family, types_of(group, family.encoder_names), plugin_of, loras, request_of(group))
+
+
+def plugin_of(weights: Mapping[str, Tensor]) -> Plugin:
+    """The network module for a file: there is one for all."""
+    return cast(Plugin, importlib.import_module(NETWORKS))
 
 
 def request_of(group: SdxlInferenceOptions) -> SampleRequest:

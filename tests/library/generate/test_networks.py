@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from library.families.flux import Flux, FluxFiles
 from library.files import save_safetensors
-from library.generate.flux import Dtypes, LoraFile, Painter, plugin_of
+from library.generate.flux import Dtypes, plugin_of
+from library.generate.painter import LoraFile, Painter
 from library.log import DataError
 from networks import loha, lokr, lora_flux, oft_flux
 from networks.base import Network
