@@ -334,7 +334,7 @@ class Flux:
         """The named text encoders, frozen, in evaluation mode."""
         load = {"clip_l": loading.load_clip, "t5xxl": loading.load_t5}
         return {
-            name: _frozen(
+            name: loading.frozen(
                 load[name](
                     self.files.required(name),
                     dtype=dtype,
@@ -354,7 +354,9 @@ class Flux:
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The image autoencoder, frozen, in evaluation mode."""
         path = self.files.required("ae")
-        return _frozen(loading.load_autoencoder(path, dtype=dtype, device=device, mmap=self.files.mmap, option="--ae"))
+        return loading.frozen(
+            loading.load_autoencoder(path, dtype=dtype, device=device, mmap=self.files.mmap, option="--ae")
+        )
 
     def encode_images(self, vae: nn.Module, pixels: Tensor) -> Posterior:
         """The posterior of the latents (B, 16, h, w), shifted and scaled."""
@@ -461,7 +463,3 @@ def flow_settings(options: Options) -> FlowSettings:
         ip_noise_gamma_random_strength=noise.ip_noise_gamma_random_strength,
         masked_loss_normalize=loss.masked_loss_normalize,
     )
-
-
-def _frozen(module: nn.Module) -> nn.Module:
-    return module.eval().requires_grad_(False)

@@ -17,7 +17,7 @@ from library.models import loading_sd3
 from library.models.checkpoints_sd import OPTION, Part, part_fingerprint
 from library.models.keymaps import PROJECTION, T5_EMBEDDINGS, Shapes
 from library.models.keymaps_sd3 import CLIP_G, CLIP_L, ENCODERS, T5
-from library.models.loading import Finished
+from library.models.loading import Finished, frozen
 from library.models.loading_sd3 import VAE, Sd3Files
 from library.models.mmdit import MMDiTConfig
 from library.option_groups import (
@@ -165,7 +165,7 @@ class Sd3Model:
         """See `Family.load_encoders`."""
         wanted = (name for name in self.encoder_names if name in names)
         return {
-            name: _frozen(
+            name: frozen(
                 loading_sd3.load_encoder(self.files, name, dtype, device, finished=finished, keep_float8=keep_float8)
             )
             for name in wanted
@@ -173,7 +173,7 @@ class Sd3Model:
 
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """See `Family.load_vae`."""
-        return _frozen(loading_sd3.load_vae(self.files, dtype, device))
+        return frozen(loading_sd3.load_vae(self.files, dtype, device))
 
     # whole models
 
@@ -187,7 +187,3 @@ class Sd3Model:
         encoders = tuple(name for name in self.encoder_names if name in parts or name in self.saved_encoders)
         with loading_sd3.single_file(self.files, parts, encoders, saving.dtype) as joined:
             joined.save_safetensors(path, saving.metadata)
-
-
-def _frozen(module: nn.Module) -> nn.Module:
-    return module.eval().requires_grad_(False)

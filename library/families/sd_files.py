@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from library.models.keymaps import Shapes
-    from library.models.loading import Finished
+    from library.models.loading import Finished, frozen
     from library.options import Options
 
 
@@ -165,11 +165,11 @@ class SdFiles:
             finished=finished,
             keep_float8=keep_float8,
         )
-        return {name: _frozen(encoder) for name, encoder in loaded.items()}
+        return {name: frozen(encoder) for name, encoder in loaded.items()}
 
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """See `Family.load_vae`."""
-        return _frozen(
+        return frozen(
             loading_sd.load_vae(
                 self.path, dtype, device, role=self.role, vae=self.vae, mmap=self.mmap, option=self.option
             )
@@ -208,10 +208,6 @@ class SdFiles:
         )
         kind = cast("saving_sd.Kind", saving.kind or saving_sd.default_kind(self.checkpoint))
         saving_sd.save_checkpoint(path, kind, product, saving.metadata)
-
-
-def _frozen(module: nn.Module) -> nn.Module:
-    return module.eval().requires_grad_(False)
 
 
 # the objective

@@ -142,6 +142,11 @@ def flux_shapes(path: Path | str, option: str) -> dict[str, tuple[int, ...]]:
     return mapped_shapes(shapes, flux_recipes(shapes))
 
 
+def frozen(module: nn.Module) -> nn.Module:
+    """The model, in evaluation mode and without gradients."""
+    return module.eval().requires_grad_(False)
+
+
 def fingerprint_of(path: Path | str, role: str, option: str) -> str:
     """Changes when a file of the model changes."""
     return "-".join(fingerprint(file) for file in locate(path, option, ROLES[role].folders))
