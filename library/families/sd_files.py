@@ -26,6 +26,7 @@ from library.models.checkpoints_sd import (
     part_fingerprint,
     stated_prediction,
 )
+from library.models.loading import frozen
 from library.option_groups import (
     LegacySDOptions,
     LossOptions,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from library.models.keymaps import Shapes
-    from library.models.loading import Finished, frozen
+    from library.models.loading import Finished
     from library.options import Options
 
 
