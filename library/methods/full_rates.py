@@ -24,8 +24,6 @@ BLOCK_RATES = 23
 """Numbers of `--block_lr`."""
 ENCODER_RATES = ("learning_rate_te", *(f"learning_rate_te{number}" for number in (1, 2, 3)))
 """Options with rates of text encoders; each script has those of its encoders, in their order."""
-ON_REQUEST = {"t5xxl": "train_t5xxl"}
-"""Text encoders that are trained only if an option says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +89,8 @@ def _why_frozen(options: Options, encoder: str) -> str:
         stop = options[DreamBoothOptions].stop_text_encoder_training
         return "" if stop is None or stop > 0 else f"--stop_text_encoder_training is {stop}"
     if options.has(TrainEncoderOptions):
-        flags = ["train_text_encoder", *([ON_REQUEST[encoder]] if encoder in ON_REQUEST else [])]
+        # an encoder with a flag of its own is trained on request only
+        flags = filter(options.script.option, ("train_text_encoder", f"train_{encoder}"))
         return next((f"without --{flag}" for flag in flags if not options.value(flag)), "")
     return "this script trains the denoiser only"
 
